@@ -1,0 +1,67 @@
+"""How close a reconstruction is: the measures that `encode(target=...)` and the evaluation share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A measure of `(reconstruction, original) -> one value per item`, and which way is better."""
+
+    measure: Callable[[Tensor, Tensor], Tensor]
+    higher_is_better: bool
+
+    def meets(self, value: Tensor, target: float) -> Tensor:
+        """bool per item: whether `value` is at least as good as `target`."""
+        return value >= target if self.higher_is_better else value <= target
+
+
+def l1(reconstruction: Tensor, original: Tensor) -> Tensor:
+    """Mean absolute error per item: `(B, ...)` twice to float32 `(B,)`."""
+    return (reconstruction.float() - original.float()).abs().flatten(1).mean(1)
+
+
+def psnr(reconstruction: Tensor, original: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio per item in dB, for values in [0, 1]: `(B, ...)` twice to float32 `(B,)`."""
+    error = (reconstruction.float() - original.float()).square().flatten(1).mean(1)
+    return -10 * torch.log10(error.clamp_min(1e-10))
+
+
+def ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
+    """Structural similarity per image, for values in [0, 1].
+
+    The Gaussian window (11 taps, sigma 1.5), population covariance and borders left out of Wang et al. 2004
+    (https://doi.org/10.1109/TIP.2003.819861), averaged over channels; smaller windows for images under 11 pixels.
+
+    Args:
+        reconstruction: `(B, C, H, W)`.
+        original: `(B, C, H, W)`.
+
+    Returns:
+        float32 `(B,)`.
+    """
+    channels, height, width = original.shape[1:]
+    taps = min(11, height - (height + 1) % 2, width - (width + 1) % 2)
+    offsets = torch.arange(taps, device=original.device, dtype=torch.float64) - (taps - 1) / 2
+    kernel = torch.exp(-offsets.square() / (2 * 1.5**2))
+    kernel = kernel / kernel.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        rows = F.conv2d(x, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+        return F.conv2d(rows, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+    x, y = reconstruction.double(), original.double()
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
+    return similarity.flatten(1).mean(1).float()
+
+
+QUALITIES = {"psnr": Quality(psnr, True), "ssim": Quality(ssim, True), "l1": Quality(l1, False)}

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from tokenzoo.tokenizers.adapter import Adapter
 from tokenzoo.tokenizers.config import TokenizerConfig
 from tokenzoo.tokenizers.errors import MediaError, TokensError, WrongTokenizerError
 from tokenzoo.tokenizers.quality import QUALITIES, Quality
@@ -71,6 +72,7 @@ class Tokenizer(nn.Module):
         architecture: Key of the registry.
         modality: What is encoded.
         config_class: Type of `config`.
+        adapters: The published layouts of this system's weights, by name; a card says which one its file has.
         config: What the network was built from.
         media: Reads and restores this tokenizer's media.
         name: Card name; empty for a tokenizer that was never named.
@@ -83,6 +85,7 @@ class Tokenizer(nn.Module):
     architecture: ClassVar[str]
     modality: ClassVar[Modality]
     config_class: ClassVar[type[TokenizerConfig]]
+    adapters: ClassVar[Mapping[str, Adapter]] = {}
 
     def __init__(self, config: TokenizerConfig, media: Media) -> None:
         super().__init__()

@@ -1,0 +1,51 @@
+"""Quantizer modules: what turns vectors into ids, with the gradients and losses that training needs."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenzoo.kernels import nearest
+
+
+class Quantized(NamedTuple):
+    """Vectors `(..., D)` with straight-through gradients, ids `(...)`, and the weighted VQ loss (a scalar)."""
+
+    vectors: Tensor
+    ids: Tensor
+    loss: Tensor
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of `size` entries of width `dim` (VQ-VAE, https://arxiv.org/abs/1711.00937), always in float32.
+
+    With `metric="cosine"` vectors and entries are l2-normalised before they are compared, and the normalised entry is
+    what decoding sees (https://arxiv.org/abs/2110.04627).
+    """
+
+    def __init__(self, size: int, dim: int, *, metric: Literal["l2", "cosine"] = "l2", commitment: float = 0.25) -> None:
+        super().__init__()
+        self.metric = metric
+        self.commitment = commitment
+        self.codebook = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
+
+    def ids(self, x: Tensor) -> Tensor:
+        """Ids int64 `(...)` of vectors `(..., D)`."""
+        return nearest(x, self.codebook, metric=self.metric)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Entries float32 `(..., D)` of ids `(...)`; differentiable with respect to the codebook."""
+        entries = F.embedding(ids, self.codebook.float())
+        return F.normalize(entries, dim=-1) if self.metric == "cosine" else entries
+
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantizes `(..., D)` for training: codebook loss plus `commitment` times the commitment loss."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.metric == "cosine":
+                x = F.normalize(x, dim=-1)
+            ids = self.ids(x)
+            entries = self.lookup(ids)
+            loss = F.mse_loss(entries, x.detach()) + self.commitment * F.mse_loss(x, entries.detach())
+            return Quantized(x + (entries - x).detach(), ids, loss)

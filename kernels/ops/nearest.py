@@ -33,7 +33,7 @@ def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
 
 
 def _nearest_l2(x: Tensor, codebook: Tensor) -> Tensor:
-    """argmin over k of |c_k|^2 - 2 x.c_k: the distance less the term that is the same for every k."""
+    """Argmin over k of |c_k|^2 - 2 x.c_k: the distance less the term that is the same for every k."""
     squared_norms = codebook.square().sum(1)
     rows = max(1, _CHUNK_ELEMENTS // len(codebook))
     chunks = [torch.addmm(squared_norms, part, codebook.T, alpha=-2).argmin(1) for part in x.split(rows)]

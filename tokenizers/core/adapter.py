@@ -48,9 +48,8 @@ class Adapter:
     def to_published(self, ours: Mapping[str, Tensor]) -> State:
         """The inverse of `to_ours`, for writing a checkpoint that the reference implementation reads."""
         inverse = tuple((new, old) for old, new in self.rules)
-        return {
-            _rename(name, inverse): tensor[..., None, None] if name in self.pointwise else tensor for name, tensor in ours.items()
-        }
+        shaped = {name: tensor[..., None, None] if name in self.pointwise else tensor for name, tensor in ours.items()}
+        return {_rename(name, inverse): tensor for name, tensor in shaped.items()}
 
 
 def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:

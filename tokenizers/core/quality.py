@@ -16,7 +16,7 @@ class Quality:
     higher_is_better: bool
 
     def meets(self, value: Tensor, target: float) -> Tensor:
-        """bool per item: whether `value` is at least as good as `target`."""
+        """Whether each item's `value` is at least as good as `target`."""
         return value >= target if self.higher_is_better else value <= target
 
 

@@ -4,6 +4,7 @@ A system is an `nn.Module` that subclasses `Tokenizer` once and implements `_des
 `objective`; reading media and putting reconstructions back into their original size is the work of its `media` adapter.
 """
 
+import dataclasses
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -105,8 +106,10 @@ class Tokenizer(nn.Module):
 
     @abstractmethod
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
-        """Codes of items of one size, `[B, ...]`; `length` is the largest budget that is asked of them, if any. Codes
-        may be longer than the budget: the caller truncates them."""
+        """Codes of items of one size, `[B, ...]`.
+
+        `length` is the largest budget asked of them, if any; codes may be longer, since the caller truncates them.
+        """
 
     @abstractmethod
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
@@ -269,40 +272,32 @@ class Tokenizer(nn.Module):
                 )
 
     def _shorten(self, tokens: Tokens, original: Tensor, target: Mapping[str, float]) -> Tokens:
-        """Batched bisection for the shortest prefix that meets every target."""
-        low, high = torch.ones(len(tokens), dtype=torch.long), self._budget_of(tokens)
-        longest = high.clone()
-        reached: dict[str, Tensor] = {name: torch.full((len(tokens),), float("nan")) for name in target}
+        """Batched bisection for the shortest prefix that meets every target; `high` always meets it or is all there is."""
+        low, high = torch.ones(len(tokens), dtype=torch.long), self._budgets_of(tokens)
+        while bool((low < high).any()):
+            open_ = (low < high).nonzero()[:, 0]
+            middle = ((low + high) // 2)[open_]
+            met = self._met(self._measure(tokens[open_.tolist()].truncate(middle.tolist()), original[open_], target), target)
+            high[open_] = torch.where(met, middle, high[open_])
+            low[open_] = torch.where(met, low[open_], middle + 1)
+        shortest = tokens.truncate(low.tolist())
+        reached = self._measure(shortest, original, target)
+        met = self._met(reached, target)
+        notes = [
+            {"met": bool(met[i]), **{name: float(value[i]) for name, value in reached.items()}} for i in range(len(tokens))
+        ]
+        return dataclasses.replace(
+            shortest, meta=[{**meta, "target": note} for meta, note in zip(tokens.meta, notes, strict=True)]
+        )
 
-        def try_lengths(lengths: Tensor, which: list[int]) -> Tensor:
-            trial = tokens[which].truncate(lengths[which].tolist())
-            reconstruction = self._decode_tokens(trial)
-            meets = torch.ones(len(which), dtype=torch.bool)
-            for name, wanted in target.items():
-                quality = self.qualities[name]
-                value = quality.measure(reconstruction, original[which]).cpu()
-                reached[name][which] = value.float()
-                meets &= quality.meets(value, wanted)
-            return meets
+    def _measure(self, tokens: Tokens, original: Tensor, target: Mapping[str, float]) -> dict[str, Tensor]:
+        reconstruction = self._decode_tokens(tokens)
+        return {name: self.qualities[name].measure(reconstruction, original).cpu() for name in target}
 
-        while which := (low < high).nonzero()[:, 0].tolist():
-            middle = (low + high) // 2
-            meets = torch.zeros(len(tokens), dtype=torch.bool)
-            meets[which] = try_lengths(middle, which)
-            high = torch.where(meets, middle, high)
-            low = torch.where(meets | (low >= high), low, middle + 1)
-        try_lengths(low, list(range(len(tokens))))
-        meta = []
-        for i, item in enumerate(tokens.meta):
-            values = {name: float(value[i]) for name, value in reached.items()}
-            short = int(low[i]) == int(longest[i]) and not all(
-                bool(self.qualities[n].meets(reached[n][i], wanted)) for n, wanted in target.items()
-            )
-            meta.append({**item, "target": {"reached": values, "met": not short}})
-        shortened = tokens.truncate(low.tolist())
-        return Tokens(shortened.ids, shortened.lengths, shortened.spec, shortened.extras, meta)
+    def _met(self, reached: Mapping[str, Tensor], target: Mapping[str, float]) -> Tensor:
+        return torch.stack([self.qualities[name].meets(reached[name], wanted) for name, wanted in target.items()]).all(0)
 
-    def _budget_of(self, tokens: Tokens) -> Tensor:
+    def _budgets_of(self, tokens: Tokens) -> Tensor:
         """The longest budget of each item: its tokens, or its codebooks."""
         lengths = tokens.lengths.cpu()
         return (lengths > 0).sum(1) if tokens.spec.variable == "codebooks" else lengths.max(1).values

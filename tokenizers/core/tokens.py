@@ -192,8 +192,12 @@ class Tokens:
     # -- streams
 
     def flatten(self, layout: layouts.Layout) -> Tensor:
-        """The ids as streams for a language model: `[B, N]` (`interleaved`, `coarse_to_fine`: codebooks offset so that
-        they do not collide) or `[B, K, N]` (`parallel`, `delay`); `-1` marks positions without a token."""
+        """The ids as streams for a language model.
+
+        Returns:
+            `[B, N]` for `interleaved` and `coarse_to_fine` (codebooks offset so that they do not collide) or `[B, K, N]`
+            for `parallel` and `delay`; `-1` marks positions without a token.
+        """
         return layouts.flatten(self.ids, self.lengths, self.spec, layout)
 
     @classmethod

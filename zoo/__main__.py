@@ -1,0 +1,5 @@
+"""`python -m tokenzoo`."""
+
+from tokenzoo.cli import main
+
+main()

@@ -1,0 +1,266 @@
+"""The command line: `tokenzoo list | info | encode | decode | roundtrip | convert | train | demo`.
+
+Exit codes: 0 all went well; 1 some files failed, the rest is done; 2 nothing could be done; 130 interrupted.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from tokenzoo.reporting import Row, err, out, places, print_json, print_rows, run_files
+
+if TYPE_CHECKING:
+    from tokenzoo.tokenizers import Tokenizer, Tokens
+
+DEFAULT_MODEL = "one_d_piece_nano"
+FILES_AT_ONCE = 16
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Images to tokens and back. Exit codes: 0 done, 1 some files failed, 2 nothing could be done, 130 interrupted.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Card name, hf-hub:org/repo, or a folder.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+Inputs = Annotated[list[Path], typer.Argument(help="Files, or folders to search.", show_default=False)]
+Length = Annotated[int | None, typer.Option("--length", "-n", help="Tokens (or codebooks) per item.")]
+Target = Annotated[list[str] | None, typer.Option("--target", "-t", help="Quality to reach, such as psnr=28 or ssim=0.9.")]
+
+
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command whose errors that a user can act on become one line and an exit code."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            from tokenzoo.tokenizers.errors import TokenizerError
+
+            try:
+                function(*args, **kwargs)
+            except (TokenizerError, OSError) as error:
+                err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                err.print("interrupted: what was finished is kept")
+                raise typer.Exit(130) from None
+
+        return app.command(name)(wrapped)
+
+    return register
+
+
+@_command("list")
+def list_(
+    pattern: Annotated[str | None, typer.Argument(help="Names to show; * stands for anything.")] = None,
+    modality: Annotated[str | None, typer.Option(help="image, video, audio or text.")] = None,
+    commercial: Annotated[bool, typer.Option("--commercial", help="Only weights whose licence allows commercial use.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the tokenizers."""
+    from tokenzoo.loading import info, list_models
+
+    cards = [info(name) for name in list_models(pattern, modality=modality, commercial=commercial or None)]
+    if as_json:
+        print_json([card.summary() for card in cards])
+        return
+    table = Table("name", "modality", "licence", "size", "offline")
+    for card in cards:
+        size = f"{card.size_mb:,.4g} MB" if card.size_mb else ""
+        table.add_row(card.name, card.modality, card.license, size, "yes" if card.bundled else "")
+    out.print(table if cards else "no tokenizer has such a name")
+
+
+@_command("info")
+def info(
+    name: Annotated[str | None, typer.Argument(help="Card name.")] = None,
+    system: Annotated[bool, typer.Option("--system", help="Describe this machine and installation.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a tokenizer's card, or this machine."""
+    if system or name is None:
+        from tokenzoo.system import describe
+
+        facts = describe()
+        if as_json:
+            print_json(facts)
+        else:
+            out.print("\n".join(f"{key}: {value}" for key, value in facts.items()), markup=False, highlight=False)
+        return
+    from tokenzoo.loading import info as card_of
+
+    card = card_of(name)
+    if as_json:
+        print_json(card.summary())
+    else:
+        out.print(card.text, markup=False, highlight=False, soft_wrap=True)
+
+
+@_command("encode")
+def encode(
+    inputs: Inputs,
+    output: Annotated[Path, typer.Option("--out", "-o", help="Folder, or a .tok or .safetensors file for one input.")],
+    model: Model = DEFAULT_MODEL,
+    length: Length = None,
+    target: Target = None,
+    file_format: Annotated[str, typer.Option("--format", help="tok (packed) or safetensors.")] = "tok",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Encode media into token files."""
+    from tokenzoo import load, media
+    from tokenzoo.tokenizers.errors import TokensError
+
+    if file_format not in ("tok", "safetensors"):
+        raise TokensError(f"expected --format tok or safetensors, got {file_format!r}")
+    qualities = _parse_target(target)
+    tokenizer = load(model, device=device)
+    files = media.find(inputs, tokenizer.modality)
+    where = places(files, output, f".{file_format}", (".tok", ".safetensors"))
+
+    def work(batch: Sequence[Path]) -> list[Row]:
+        rows = []
+        for file, tokens in zip(batch, tokenizer.encode(list(batch), length=length, target=qualities), strict=True):
+            tokens.save(where[file])
+            rows.append({"file": str(file), "out": str(where[file]), **_sizes(tokens)})
+        return rows
+
+    run_files([file for file, _ in files], work, at_once=FILES_AT_ONCE, as_json=as_json)
+
+
+@_command("decode")
+def decode(
+    inputs: Inputs,
+    output: Annotated[Path, typer.Option("--out", "-o", help="Folder, or a file for one input.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="By default the one that made the tokens.")] = None,
+    device: Device = "cpu",
+    native: Annotated[bool, typer.Option("--native", help="Keep the network's own resolution.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Decode token files into media."""
+    from tokenzoo import Tokens, load, media
+
+    files = media.find(inputs, "tokens")
+    suffix = media.DECODED_SUFFIX["image"]
+    where = places(files, output, suffix, (suffix,))
+    tokenizer_of = functools.cache(functools.partial(load, device=device))
+
+    def work(batch: Sequence[Path]) -> list[Row]:
+        rows = []
+        for file in batch:
+            tokens = Tokens.load(file)
+            tokenizer = tokenizer_of(model or tokens.spec.name)
+            for i, item in enumerate(tokenizer.decode(tokens, native=native)):
+                place = where[file] if len(tokens) == 1 else where[file].with_stem(f"{where[file].stem}.{i}")
+                media.write(item, place, tokenizer.modality)
+                rows.append({"file": str(file), "out": str(place), **_sizes(tokens[i])})
+        return rows
+
+    run_files([file for file, _ in files], work, at_once=1, as_json=as_json)
+
+
+@_command("roundtrip")
+def roundtrip(
+    inputs: Inputs,
+    output: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the reconstructions.")] = None,
+    model: Model = DEFAULT_MODEL,
+    length: Length = None,
+    target: Target = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Encode and decode media, and say how close the result is at the tokenizer's own resolution."""
+    from tokenzoo import load, media
+
+    qualities = _parse_target(target)
+    tokenizer = load(model, device=device)
+    files = media.find(inputs, tokenizer.modality)
+    where = places(files, output, media.DECODED_SUFFIX[tokenizer.modality]) if output else {}
+
+    def work(batch: Sequence[Path]) -> list[Row]:
+        rows = []
+        for file in batch:
+            tokens = tokenizer.encode(file, length=length, target=qualities)
+            if output:
+                media.write(tokenizer.decode(tokens)[0], where[file], tokenizer.modality)
+            rows.append({"file": str(file), **_sizes(tokens), **_closeness(tokenizer, file, tokens)})
+        return rows
+
+    run_files([file for file, _ in files], work, at_once=1, as_json=as_json)
+
+
+@_command("convert")
+def convert(
+    file: Annotated[Path, typer.Argument(help="Published weights you have: .safetensors, .bin, .pt, .ckpt.")],
+    name: Annotated[str, typer.Argument(help="Card whose weights they are.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write what `--model FOLDER` then loads.")],
+) -> None:
+    """Turn published weights on disk into a folder that loads with no network."""
+    from tokenzoo.convert import convert as convert_file
+
+    out.print(f"wrote {convert_file(file, name, folder)}", soft_wrap=True, highlight=False)
+
+
+@_command("train")
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), or the name of one of ours.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of media; overrides the recipe.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for checkpoints and logs; overrides the recipe.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")] = False,
+) -> None:
+    """Train or fine-tune a tokenizer by a recipe."""
+    from tokenzoo.training import run_recipe
+
+    out.print(f"wrote {run_recipe(recipe, data=data, out=output, resume=resume)}", soft_wrap=True, highlight=False)
+
+
+@_command("demo")
+def demo(
+    output: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture sheet.")] = Path("out"),
+    as_json: Json = False,
+) -> None:
+    """Encode and decode bundled photos with bundled weights, offline."""
+    from tokenzoo.demo import run
+
+    rows, sheet = run(output)
+    if as_json:
+        print_json({"rows": rows, "sheet": str(sheet)})
+    else:
+        print_rows(rows)
+        out.print(f"picture sheet: {sheet}", soft_wrap=True, highlight=False)
+
+
+def _parse_target(target: Sequence[str] | None) -> dict[str, float] | None:
+    from tokenzoo.tokenizers.errors import TokensError
+
+    if not target:
+        return None
+    try:
+        return {name: float(value) for name, value in (text.split("=", 1) for text in target)}
+    except ValueError:
+        raise TokensError(f"expected --target NAME=NUMBER, such as psnr=28, got {' '.join(target)}") from None
+
+
+def _sizes(tokens: "Tokens") -> Row:
+    return {"tokens": int(tokens.lengths.sum()), "bytes": int(tokens.num_bytes.sum())}
+
+
+def _closeness(tokenizer: "Tokenizer", file: Path, tokens: "Tokens") -> Row:
+    original, _ = tokenizer.media.read(file)
+    reconstruction = tokenizer.decode(tokens, native=True)[0]
+    measured = {name: tokenizer.qualities[name].measure(reconstruction[None], original[None]) for name in ("psnr", "ssim")}
+    return {name: round(float(value[0]), 3) for name, value in measured.items()}
+
+
+def main() -> None:
+    """Entry point of the `tokenzoo` command."""
+    app()

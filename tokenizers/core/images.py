@@ -179,7 +179,7 @@ def _from_array(array: np.ndarray, *, channels_last: bool) -> Image.Image | Tens
         return _decode_pil(Image.fromarray(np.ascontiguousarray(bands)), "this array")
     if not np.issubdtype(array.dtype, np.floating):
         raise MediaError(f"expected a picture of uint8, uint16, bool or floating point, got {given}")
-    return _from_floats(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).permute(2, 0, 1), given)
+    return _from_floats(torch.from_numpy(np.array(array, dtype=np.float32)).permute(2, 0, 1), given)
 
 
 def _from_floats(picture: Tensor, given: str) -> Tensor:

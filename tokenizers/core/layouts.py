@@ -106,7 +106,8 @@ def unflatten(flat: Tensor, spec: TokenSpec, layout: Layout) -> tuple[Tensor, Te
         raise TokensError(f"expected a {layout} stream {expected}, got {tuple(flat.shape) = }")
     read = _read_row if one_row else _read_columns
     items = [read(row, spec, layout) for row in flat.cpu().long()]
-    lengths = torch.tensor([[len(codes) for codes in item] for item in items]).reshape(len(items), spec.num_codebooks)
+    counts = [[len(codes) for codes in item] for item in items]
+    lengths = torch.tensor(counts, dtype=torch.long).reshape(len(items), spec.num_codebooks)
     ids = torch.zeros(len(items), spec.num_codebooks, int(lengths.max()) if lengths.numel() else 0, dtype=torch.long)
     for b, item in enumerate(items):
         for k, codes in enumerate(item):

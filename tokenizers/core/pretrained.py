@@ -1,0 +1,358 @@
+"""Folders and Hub repositories in tokenzoo's own layout: `config.json`, `model.safetensors` and `README.md` (the card).
+
+`config.json` holds `{"tokenzoo": format version, "architecture": ..., "name": ..., "config": {...}}` and nothing else: it
+picks an architecture and its numbers, and never names anything to import. All transport is huggingface_hub's.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import safetensors.torch
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tokenzoo.tokenizers.download import fetch
+from tokenzoo.tokenizers.errors import ConfigError, DownloadError, WeightsError
+from tokenzoo.tokenizers.files import replacing, write_atomically
+
+if TYPE_CHECKING:
+    from tokenzoo.tokenizers.tokenizer import Tokenizer
+
+__all__ = ["FORMAT_VERSION", "Saved", "build", "fetch", "load", "push", "read_config", "read_weights", "save", "write_weights"]
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+
+_KEYS_SHOWN = 3
+_ARCHITECTURE = re.compile(r"[a-z0-9_]+")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+T = TypeVar("T", bound="Tokenizer")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a `config.json` says: the architecture (a key of the registry), the card name, and the config's values."""
+
+    architecture: str
+    name: str
+    config: dict[str, Any]
+
+
+# -- writing
+
+
+def save(tokenizer: "Tokenizer", folder: str | Path) -> Path:
+    """Writes config, weights and card; each file appears whole or not at all.
+
+    Args:
+        tokenizer: Any tokenizer; weights keep their dtype, and tied weights are written twice.
+        folder: Made if missing; our three files in it are replaced, others are left alone.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    described = {
+        "tokenzoo": FORMAT_VERSION,
+        "architecture": tokenizer.architecture,
+        "name": tokenizer.name,
+        "config": tokenizer.config.to_dict(),
+    }
+    write_weights(tokenizer.state_dict(), folder / WEIGHTS_FILE)
+    write_atomically(folder / CARD_FILE, (tokenizer.card_text or _minimal_card(tokenizer)).encode())
+    write_atomically(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
+    return folder
+
+
+def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a state dict as safetensors, whole or not at all; views and tied tensors become tensors of their own."""
+    storages: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(separate, temporary, {"format": "pt"})
+
+
+def push(tokenizer: "Tokenizer", repo: str, *, token: str | None = None, private: bool = False, message: str) -> str:
+    """Uploads what `save` writes in one commit to a model repository, made if missing.
+
+    Args:
+        tokenizer: What to upload.
+        repo: `org/name`.
+        token: Of a user who may write there; by default the one that `hf auth login` stored.
+        private: Make a new repository private; otherwise the organisation's default holds.
+        message: Of the commit.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        DownloadError: If the Hub refuses or cannot be reached.
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(tokenizer, folder)
+        files = [CommitOperationAdd(name, Path(folder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)]
+        try:
+            api.create_repo(repo, private=private or None, exist_ok=True)
+            return str(api.create_commit(repo, files, commit_message=message).commit_url)
+        except Exception as error:  # huggingface_hub passes on errors of several libraries
+            raise DownloadError(
+                f"could not upload to {repo} on {api.endpoint}: {error}: check the name, and that your token may write there"
+            ) from error
+
+
+def _minimal_card(tokenizer: "Tokenizer") -> str:
+    name = tokenizer.name or tokenizer.architecture
+    return f"""---
+library_name: tokenzoo
+license: unknown
+tags: [tokenzoo, {tokenizer.modality}, tokenizer]
+---
+# {name}
+
+Weights of the architecture `{tokenizer.architecture}` ({tokenizer.modality}), written by tokenzoo (digest `{tokenizer.digest}`).
+
+Nobody has written a card yet: the licence, the training data and the quality of these weights are not known.
+"""
+
+
+# -- reading
+
+
+def load(
+    cls: type[T],
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> T:
+    """Loads what `save` or `push` wrote.
+
+    Args:
+        cls: The architecture's class.
+        source: A folder, or a Hub repository: `org/name` or `hf-hub:org/name`.
+        device: Where to put the weights.
+        dtype: Precision of the weights, as a `torch.dtype` or its name; by default the architecture's own.
+        revision: Branch, tag or commit of a Hub repository; by default its main branch.
+        cache_dir: Instead of huggingface_hub's cache.
+        token: Instead of the one that `hf auth login` stored.
+        local_files_only: Use the cache only.
+
+    Returns:
+        The tokenizer, in eval mode.
+
+    Raises:
+        ConfigError: If the config is damaged, is of another architecture or a newer format, or has unknown keys.
+        DownloadError: If a file cannot be had.
+        WeightsError: If the weights are damaged or do not fit.
+    """
+    files = _find(source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+    saved = read_config(files.config)
+    if saved.architecture != getattr(cls, "architecture", None):
+        raise ConfigError(
+            f"{files.where} holds the architecture {saved.architecture!r}, and {cls.__name__} is "
+            f"{getattr(cls, 'architecture', 'none')!r}: tokenzoo.load picks the class by itself"
+        )
+    tokenizer = build(cls, saved.config, read_weights(files.weights), files.where)
+    tokenizer.name, tokenizer.revision = saved.name, files.revision
+    if files.card is not None:
+        tokenizer.card_text = files.card.read_text(encoding="utf-8", errors="replace")
+    return place(tokenizer, device, dtype)
+
+
+def build(cls: type[T], config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> T:
+    """A tokenizer in eval mode with these weights, loaded strictly. The global random state is left as it was.
+
+    Args:
+        cls: The architecture's class.
+        config: Values of its config.
+        state: Its weights in our own layout, in any floating-point precision.
+        where: The weights' origin, for messages.
+
+    Raises:
+        ConfigError: If the config has unknown keys or wrong values.
+        WeightsError: If keys are missing or left over, or shapes differ.
+    """
+    values = cls.config_class.from_dict(config)
+    with torch.random.fork_rng(devices=[]), _NoRandomInit():
+        tokenizer = cls(values)  # type: ignore[call-arg, arg-type]  # a system's constructor takes its config alone
+    _check_fit(tokenizer, state, where)
+    tokenizer.load_state_dict(state)
+    tokenizer.eval()
+    _ = tokenizer.digest  # of the weights as stored, and kept through every later cast
+    return tokenizer
+
+
+def place(tokenizer: T, device: str | torch.device, dtype: torch.dtype | str | None) -> T:
+    """The tokenizer on its device, in the precision asked for."""
+    return tokenizer.to(device=torch.device(device), dtype=parse_dtype(dtype))
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype from itself or its name.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if parsed is not None and isinstance(parsed, torch.dtype) and parsed.is_floating_point:
+        return parsed
+    if dtype is None:
+        return None
+    raise ConfigError(f"expected dtype= a floating-point dtype or its name, such as 'bfloat16', got {dtype!r}")
+
+
+def read_config(path: Path) -> Saved:
+    """Reads a `config.json`, from a source that need not be trusted.
+
+    Raises:
+        ConfigError: If it is damaged, is not ours, is of a newer format, or names anything but a registry key.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not a readable JSON file: {error}") from error
+    if not isinstance(values, dict) or "tokenzoo" not in values:
+        raise ConfigError(
+            f"{path} was not written by tokenzoo: expected the key 'tokenzoo' with a format version. Weights published in "
+            "another layout are loaded by their card's name: see tokenzoo.list_models()"
+        )
+    version = values["tokenzoo"]
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
+        raise ConfigError(
+            f"{path} has format {version!r}, this tokenzoo reads formats 1 to {FORMAT_VERSION}: upgrade with pip install -U tokenzoo"
+        )
+    if unknown := values.keys() - {"tokenzoo", "architecture", "name", "config"}:
+        raise ConfigError(f"{path} has unknown keys: {', '.join(sorted(unknown))}")
+    return _checked(values, path)
+
+
+def _checked(values: Mapping[str, Any], path: Path) -> Saved:
+    architecture, name, config = values.get("architecture"), values.get("name", ""), values.get("config")
+    if not isinstance(architecture, str) or not _ARCHITECTURE.fullmatch(architecture):
+        raise ConfigError(
+            f"{path}: expected 'architecture' to be a key of the registry, never an import path, got {architecture!r}"
+        )
+    if not isinstance(name, str) or not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected 'name' to be a string and 'config' an object, got {name!r} and {config!r}")
+    return Saved(architecture, name, config)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped and not yet read.
+
+    Raises:
+        WeightsError: If the file is missing or damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+# -- parts
+
+
+@dataclass(frozen=True)
+class _Files:
+    config: Path
+    weights: Path
+    card: Path | None
+    revision: str | None
+    where: str
+
+
+def _find(source: str | Path, *, revision: str | None, cache_dir: str | Path | None, **options: Any) -> _Files:
+    """The three files of a folder, or of one commit of a repository."""
+    folder = Path(source)
+    repo = str(source).removeprefix("hf-hub:")
+    if not str(source).startswith("hf-hub:") and (folder.is_dir() or isinstance(source, Path)):
+        return _find_in_folder(folder, revision)
+    if not _REPOSITORY.fullmatch(repo):
+        raise ConfigError(f"expected an existing folder, or a Hub repository org/name, got {str(source)!r}")
+    config = fetch(repo, CONFIG_FILE, revision=revision, cache_dir=cache_dir, **options)
+    read_config(config)  # before gigabytes of weights
+    commit = config.parent.name
+    cached = try_to_load_from_cache(repo, WEIGHTS_FILE, cache_dir=cache_dir, revision=commit)
+    weights = fetch(repo, WEIGHTS_FILE, revision=commit, cache_dir=cache_dir, **options)
+    card = _card_of(repo, commit, cache_dir, options | ({"local_files_only": True} if isinstance(cached, str) else {}))
+    return _Files(config, weights, card, commit, f"{repo}@{commit[:12]}")
+
+
+def _find_in_folder(folder: Path, revision: str | None) -> _Files:
+    if revision is not None:
+        raise ConfigError(f"a folder has no revisions: expected {folder} without revision={revision!r}")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} has no {name}: expected a folder that save_pretrained or convert wrote")
+    card = folder / CARD_FILE
+    return _Files(folder / CONFIG_FILE, folder / WEIGHTS_FILE, card if card.is_file() else None, None, str(folder))
+
+
+def _card_of(repo: str, commit: str, cache_dir: str | Path | None, options: Mapping[str, Any]) -> Path | None:
+    """The card, which a repository may lack; asked for over the network only along with the weights."""
+    try:
+        return fetch(repo, CARD_FILE, revision=commit, cache_dir=cache_dir, **options)
+    except DownloadError:
+        return None
+
+
+def _check_fit(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {shape}"
+        for name, shape in ours.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    wrong = {
+        "missing": [name for name in ours if name not in state],
+        "unexpected": [name for name in state if name not in ours],
+        "misshapen": shapes,
+    }
+    if any(wrong.values()):
+        parts = [f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in wrong.items() if keys]
+        raise WeightsError(f"the weights of {where} do not fit {type(module).__name__}: {'; '.join(parts)}")
+
+
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:_KEYS_SHOWN]) + (", ..." if len(keys) > _KEYS_SHOWN else "")
+
+
+_RANDOM_FILLS = frozenset(
+    getattr(owner, name)
+    for owner, names in (
+        (Tensor, ("uniform_", "normal_", "erfinv_")),
+        (nn.init, ("uniform_", "normal_", "trunc_normal_", "orthogonal_")),
+        (nn.init, ("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_")),
+    )
+    for name in names
+)
+
+
+class _NoRandomInit(TorchFunctionMode):
+    """Leaves out the random initialisation of weights that are about to be overwritten; it takes longer than reading them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))

@@ -69,7 +69,7 @@ def run(folder: Path, *, model: str = MODEL, counts: Sequence[int] = COUNTS) -> 
     tokenizer.decode(tokenizer.encode(photos[0]))
     trials = [_trial(tokenizer, photos, count) for count in counts]
     sheet = folder / "demo.png"
-    _save(_draw(photos, trials, tokenizer), sheet)
+    _save(_draw(photos, trials), sheet)
     return [trial.row() for trial in trials], sheet
 
 
@@ -98,7 +98,7 @@ def _trial(tokenizer: Tokenizer, photos: Sequence[Image.Image], count: int) -> T
     return Trial(count, num_bytes, reconstructions, originals, (encoded - start) * each, (decoded - encoded) * each)
 
 
-def _draw(photos: Sequence[Image.Image], trials: Sequence[Trial], tokenizer: Tokenizer) -> Image.Image:
+def _draw(photos: Sequence[Image.Image], trials: Sequence[Trial]) -> Image.Image:
     """Rows of original | one column per token count, each scaled to a tile."""
     columns, step = 1 + len(trials), TILE + MARGIN
     sheet = Image.new("RGB", (MARGIN + columns * step, HEADER + len(photos) * (step + HEADER)), "white")

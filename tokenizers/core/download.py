@@ -1,10 +1,16 @@
 """One file from the Hub or its cache, with errors that say what was tried and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants, errors, hf_hub_download
 
-from tokenzoo.tokenizers.errors import DownloadError
+from tokenzoo.tokenizers.errors import DownloadError, WeightsError
+
+
+class DamagedError(WeightsError):
+    """A file whose content is not what was published: a cached copy of it is worth downloading again."""
 
 
 def fetch(
@@ -40,6 +46,32 @@ def fetch(
         what = f"{repo}/{file}" + (f" at revision {revision}" if revision else "")
         tried = "its cache" if local_files_only or constants.is_offline_mode() else constants.ENDPOINT
         raise DownloadError(f"could not get {what} from {tried}: {_reason(error, repo, cache_dir)}") from error
+
+
+@contextmanager
+def forgetting_damaged(path: Path) -> Iterator[None]:
+    """Removes a file from the cache when the block finds it damaged, so that the next load downloads it again.
+
+    Raises:
+        WeightsError: What the block raised, and whether the file is gone.
+    """
+    try:
+        yield
+    except DamagedError as error:
+        try:
+            _forget(path)
+        except OSError as problem:
+            raise WeightsError(f"{error}; it could not be removed from the cache ({problem}): delete it by hand") from error
+        raise WeightsError(f"{error}; it was removed from the cache: load again to download it again") from error
+
+
+def _forget(path: Path) -> None:
+    """Removes a cached file: the name in the snapshot, and the content that it links to."""
+    while path.is_symlink():
+        target = path.parent / path.readlink()
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)
 
 
 def _reason(error: Exception, repo: str, cache_dir: str | Path | None) -> str:

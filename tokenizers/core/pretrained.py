@@ -4,13 +4,15 @@
 picks an architecture and its numbers, and never names anything to import. All transport is huggingface_hub's.
 """
 
+import functools
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import safetensors.torch
 import torch
@@ -19,16 +21,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokenzoo.tokenizers.download import fetch
+from tokenzoo.tokenizers.download import DamagedError, fetch, forgetting_damaged
 from tokenzoo.tokenizers.errors import ConfigError, DownloadError, WeightsError
 from tokenzoo.tokenizers.files import replacing, write_atomically
 
 if TYPE_CHECKING:
     from tokenzoo.tokenizers.tokenizer import Tokenizer
 
-__all__ = ["FORMAT_VERSION", "Saved", "build", "fetch", "load", "push", "read_config", "read_weights", "save", "write_weights"]
-
 FORMAT_VERSION = 1
+HUB_PREFIX = "hf-hub:"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
@@ -47,6 +48,23 @@ class Saved:
     architecture: str
     name: str
     config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A folder, or one commit of a repository, whose config has been read.
+
+    Attributes:
+        saved: The config.
+        where: For messages.
+        revision: The commit; `None` for a folder.
+        files: Gets the weights and, where there is one, the card.
+    """
+
+    saved: Saved
+    where: str
+    revision: str | None
+    files: Callable[[], tuple[Path, Path | None]]
 
 
 # -- writing
@@ -126,7 +144,7 @@ tags: [tokenzoo, {tokenizer.modality}, tokenizer]
 ---
 # {name}
 
-Weights of the architecture `{tokenizer.architecture}` ({tokenizer.modality}), written by tokenzoo (digest `{tokenizer.digest}`).
+Weights of the architecture `{tokenizer.architecture}` ({tokenizer.modality}), digest `{tokenizer.digest}`, saved by tokenzoo.
 
 Nobody has written a card yet: the licence, the training data and the quality of these weights are not known.
 """
@@ -166,18 +184,52 @@ def load(
         DownloadError: If a file cannot be had.
         WeightsError: If the weights are damaged or do not fit.
     """
-    files = _find(source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
-    saved = read_config(files.config)
-    if saved.architecture != getattr(cls, "architecture", None):
+    where, precision = parse_device(device), parse_dtype(dtype)
+    located = locate(source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+    if located.saved.architecture != getattr(cls, "architecture", None):
         raise ConfigError(
-            f"{files.where} holds the architecture {saved.architecture!r}, and {cls.__name__} is "
+            f"{located.where} holds the architecture {located.saved.architecture!r}, and {cls.__name__} is "
             f"{getattr(cls, 'architecture', 'none')!r}: tokenzoo.load picks the class by itself"
         )
-    tokenizer = build(cls, saved.config, read_weights(files.weights), files.where)
-    tokenizer.name, tokenizer.revision = saved.name, files.revision
-    if files.card is not None:
-        tokenizer.card_text = files.card.read_text(encoding="utf-8", errors="replace")
-    return place(tokenizer, device, dtype)
+    return place(restore(cls, located), where, precision)
+
+
+def locate(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Located:
+    """Finds a folder or repository in our layout and reads its config, but not yet its weights.
+
+    Raises:
+        ConfigError: If there is no such folder, or its config is damaged, not ours, or of a newer format.
+        DownloadError: If the config cannot be had.
+    """
+    if not str(source).startswith(HUB_PREFIX) and (Path(source).is_dir() or isinstance(source, Path)):
+        return _locate_folder(Path(source), revision)
+    repo = str(source).removeprefix(HUB_PREFIX)
+    if not _REPOSITORY.fullmatch(repo):
+        raise ConfigError(f"expected an existing folder, or a Hub repository org/name, got {str(source)!r}")
+    options: _Transport = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    config = fetch(repo, CONFIG_FILE, revision=revision, **options)
+    commit = config.parent.name
+    files = functools.partial(_files_of_commit, repo, commit, options)
+    return Located(read_config(config), f"{repo}@{commit[:12]}", commit, files)
+
+
+def restore(cls: type[T], located: Located) -> T:
+    """The tokenizer that a folder or repository holds, in eval mode on the CPU; errors as `load`."""
+    weights, card = located.files()
+    with forgetting_damaged(weights) if located.revision else nullcontext():
+        state = read_weights(weights)
+    tokenizer = build(cls, located.saved.config, state, located.where)
+    tokenizer.name, tokenizer.revision = located.saved.name, located.revision
+    if card is not None:
+        tokenizer.card_text = card.read_text(encoding="utf-8", errors="replace")
+    return tokenizer
 
 
 def build(cls: type[T], config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> T:
@@ -203,9 +255,21 @@ def build(cls: type[T], config: Mapping[str, Any], state: Mapping[str, Tensor], 
     return tokenizer
 
 
-def place(tokenizer: T, device: str | torch.device, dtype: torch.dtype | str | None) -> T:
+def place(tokenizer: T, device: torch.device, dtype: torch.dtype | None) -> T:
     """The tokenizer on its device, in the precision asked for."""
-    return tokenizer.to(device=torch.device(device), dtype=parse_dtype(dtype))
+    return tokenizer.to(device=device, dtype=dtype)
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """A device from itself or its name.
+
+    Raises:
+        ConfigError: If torch knows no such device.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"expected device= such as 'cpu', 'cuda' or 'cuda:1', got {device!r}") from error
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -240,7 +304,7 @@ def read_config(path: Path) -> Saved:
     version = values["tokenzoo"]
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
         raise ConfigError(
-            f"{path} has format {version!r}, this tokenzoo reads formats 1 to {FORMAT_VERSION}: upgrade with pip install -U tokenzoo"
+            f"{path} has format {version!r}, expected 1 to {FORMAT_VERSION}: a newer one needs a newer tokenzoo"
         )
     if unknown := values.keys() - {"tokenzoo", "architecture", "name", "config"}:
         raise ConfigError(f"{path} has unknown keys: {', '.join(sorted(unknown))}")
@@ -267,54 +331,39 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+        raise DamagedError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 # -- parts
 
 
-@dataclass(frozen=True)
-class _Files:
-    config: Path
-    weights: Path
-    card: Path | None
-    revision: str | None
-    where: str
+class _Transport(TypedDict):
+    cache_dir: str | Path | None
+    token: str | None
+    local_files_only: bool
 
 
-def _find(source: str | Path, *, revision: str | None, cache_dir: str | Path | None, **options: Any) -> _Files:
-    """The three files of a folder, or of one commit of a repository."""
-    folder = Path(source)
-    repo = str(source).removeprefix("hf-hub:")
-    if not str(source).startswith("hf-hub:") and (folder.is_dir() or isinstance(source, Path)):
-        return _find_in_folder(folder, revision)
-    if not _REPOSITORY.fullmatch(repo):
-        raise ConfigError(f"expected an existing folder, or a Hub repository org/name, got {str(source)!r}")
-    config = fetch(repo, CONFIG_FILE, revision=revision, cache_dir=cache_dir, **options)
-    read_config(config)  # before gigabytes of weights
-    commit = config.parent.name
-    cached = try_to_load_from_cache(repo, WEIGHTS_FILE, cache_dir=cache_dir, revision=commit)
-    weights = fetch(repo, WEIGHTS_FILE, revision=commit, cache_dir=cache_dir, **options)
-    card = _card_of(repo, commit, cache_dir, options | ({"local_files_only": True} if isinstance(cached, str) else {}))
-    return _Files(config, weights, card, commit, f"{repo}@{commit[:12]}")
-
-
-def _find_in_folder(folder: Path, revision: str | None) -> _Files:
+def _locate_folder(folder: Path, revision: str | None) -> Located:
     if revision is not None:
         raise ConfigError(f"a folder has no revisions: expected {folder} without revision={revision!r}")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} has no {name}: expected a folder that save_pretrained or convert wrote")
     card = folder / CARD_FILE
-    return _Files(folder / CONFIG_FILE, folder / WEIGHTS_FILE, card if card.is_file() else None, None, str(folder))
+    files = (folder / WEIGHTS_FILE, card if card.is_file() else None)
+    return Located(read_config(folder / CONFIG_FILE), str(folder), None, lambda: files)
 
 
-def _card_of(repo: str, commit: str, cache_dir: str | Path | None, options: Mapping[str, Any]) -> Path | None:
-    """The card, which a repository may lack; asked for over the network only along with the weights."""
+def _files_of_commit(repo: str, commit: str, options: _Transport) -> tuple[Path, Path | None]:
+    """The weights, and the card, which may be missing; it is asked for over the network only along with the weights."""
+    cached = try_to_load_from_cache(repo, WEIGHTS_FILE, cache_dir=options["cache_dir"], revision=commit)
+    weights = fetch(repo, WEIGHTS_FILE, revision=commit, **options)
+    if isinstance(cached, str):
+        options = {**options, "local_files_only": True}
     try:
-        return fetch(repo, CARD_FILE, revision=commit, cache_dir=cache_dir, **options)
+        return weights, fetch(repo, CARD_FILE, revision=commit, **options)
     except DownloadError:
-        return None
+        return weights, None
 
 
 def _check_fit(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import WeakFileLock
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # exported lazily
 from safetensors import SafetensorError
 from torch import Tensor
 

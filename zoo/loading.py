@@ -102,7 +102,7 @@ def _load(name: str | os.PathLike[str], options: dict[str, Any]) -> "Tokenizer":
     try:
         card = registry.find_card(name)
     except UnknownTokenizerError:
-        if Path(name).is_dir():
+        if name and Path(name).is_dir():
             return _load_folder(name, options)
         raise
     return load_card(card, **options)

@@ -91,18 +91,18 @@ def _reason(error: Exception, repo: str, cache_dir: str | Path | None) -> str:
         case errors.HFValidationError():
             return f"expected a repository org/name: {error}"
         case errors.HfHubHTTPError():
-            return f"the server answered {error.response.status_code}: {_first_line(error)}"
+            return f"the server answered {error.response.status_code}: {first_line(error)}"
         case PermissionError() | FileExistsError() | NotADirectoryError():
             return (
-                f"the cache {_cache(cache_dir)} cannot be written ({_first_line(error)}): "
+                f"the cache {_cache(cache_dir)} cannot be written ({first_line(error)}): "
                 "pass cache_dir=... or set HF_HOME to a folder of yours"
             )
         case OSError() if error.errno is not None:
-            return f"the cache {_cache(cache_dir)} cannot be used ({_first_line(error)}): make room, or pass cache_dir=..."
+            return f"the cache {_cache(cache_dir)} cannot be used ({first_line(error)}): make room, or pass cache_dir=..."
         case OSError() if "Consistency check failed" in str(error):
             return "the download was cut short; nothing of it was kept: try again"
         case _:
-            return f"{type(error).__name__}: {_first_line(error)}: check the connection and proxy settings, and try again"
+            return f"{type(error).__name__}: {first_line(error)}: check the connection and proxy settings, and try again"
 
 
 def _reason_not_cached(error: Exception, cache_dir: str | Path | None) -> str:
@@ -111,12 +111,13 @@ def _reason_not_cached(error: Exception, cache_dir: str | Path | None) -> str:
         return (
             f"it is not in {_cache(cache_dir)} and the network may not be used (HF_HUB_OFFLINE or local_files_only): {advice}"
         )
-    return f"it is not in {_cache(cache_dir)} and the Hub cannot be reached ({_first_line(error.__cause__)}): {advice}"
+    return f"it is not in {_cache(cache_dir)} and the Hub cannot be reached ({first_line(error.__cause__)}): {advice}"
 
 
 def _cache(cache_dir: str | Path | None) -> str:
     return str(cache_dir or constants.HF_HUB_CACHE)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; huggingface_hub's go on with advice of their own."""
     return str(error).strip().split("\n", 1)[0]

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokenzoo.tokenizers.download import DamagedError, fetch, forgetting_damaged
+from tokenzoo.tokenizers.download import DamagedError, fetch, first_line, forgetting_damaged
 from tokenzoo.tokenizers.errors import ConfigError, DownloadError, WeightsError
 from tokenzoo.tokenizers.files import replacing, write_atomically
 
@@ -131,7 +131,8 @@ def push(tokenizer: "Tokenizer", repo: str, *, token: str | None = None, private
             return str(api.create_commit(repo, files, commit_message=message).commit_url)
         except Exception as error:  # huggingface_hub passes on errors of several libraries
             raise DownloadError(
-                f"could not upload to {repo} on {api.endpoint}: {error}: check the name, and that your token may write there"
+                f"could not upload to {repo} on {api.endpoint}: {first_line(error)}: check the name, and that your token may "
+                "write there"
             ) from error
 
 
@@ -247,7 +248,7 @@ def build(cls: type[T], config: Mapping[str, Any], state: Mapping[str, Tensor], 
     """
     values = cls.config_class.from_dict(config)
     with torch.random.fork_rng(devices=[]), _NoRandomInit():
-        tokenizer = cls(values)  # type: ignore[call-arg, arg-type]  # a system's constructor takes its config alone
+        tokenizer = cls(values)  # type: ignore[call-arg]  # a system's constructor takes its config alone
     _check_fit(tokenizer, state, where)
     tokenizer.load_state_dict(state)
     tokenizer.eval()
@@ -303,9 +304,7 @@ def read_config(path: Path) -> Saved:
         )
     version = values["tokenzoo"]
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
-        raise ConfigError(
-            f"{path} has format {version!r}, expected 1 to {FORMAT_VERSION}: a newer one needs a newer tokenzoo"
-        )
+        raise ConfigError(f"{path} has format {version!r}, expected 1 to {FORMAT_VERSION}: a newer one needs a newer tokenzoo")
     if unknown := values.keys() - {"tokenzoo", "architecture", "name", "config"}:
         raise ConfigError(f"{path} has unknown keys: {', '.join(sorted(unknown))}")
     return _checked(values, path)

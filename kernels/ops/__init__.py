@@ -1,6 +1,9 @@
-"""Codebook lookup and bit packing."""
+"""Codebook lookup and its relatives: fast, exact about ties, and the same on every backend."""
 
-from tokenzoo.kernels.nearest import nearest
+from tokenzoo.kernels.kmeans import kmeans
+from tokenzoo.kernels.nearest import PackCache, nearest
 from tokenzoo.kernels.pack_bits import pack_bits, unpack_bits
+from tokenzoo.kernels.quantize import code_sums, quantize
+from tokenzoo.kernels.residual_quantize import residual_quantize
 
-__all__ = ["nearest", "pack_bits", "unpack_bits"]
+__all__ = ["PackCache", "code_sums", "kmeans", "nearest", "pack_bits", "quantize", "residual_quantize", "unpack_bits"]

@@ -1,40 +1,96 @@
 """Index of the nearest codebook entry, without an [N, K] matrix of distances."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_CHUNK_ELEMENTS = 1 << 20
+from tokenzoo.kernels import _native, _reference
 
 
-def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Tensor:
+class PackCache:
+    """Keeps a codebook in the form that the native kernels search, from one call to the next.
+
+    The codebook is packed again when its storage or its version counter changes. Writing through `codebook.data` moves
+    neither, so hold a cache only while the codebook is left alone, as the quantizer modules do in eval mode.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._packed: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forgets the packed codebook."""
+        self._key = self._packed = None
+
+    def get(self, entries: Tensor, source: Tensor, dot: bool, native: Any) -> Tensor:
+        """The packed form of `entries`, which were derived from `source`."""
+        if source.is_inference():
+            return native.pack(entries, dot)
+        key = (source.data_ptr(), source._version, source.shape, source.dtype, dot)
+        if self._packed is None or key != self._key:
+            self._key, self._packed = key, native.pack(entries, dot)
+        return self._packed
+
+
+def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCache | None = None) -> Tensor:
     """Index of the nearest codebook entry.
 
     Args:
         x: Vectors, `(..., D)`, any float dtype; compared in float32.
         codebook: Entries, `(K, D)`.
         metric: `"l2"` (squared Euclidean) or `"cosine"` (both sides are l2-normalised).
+        cache: Keeps the packed codebook between calls; for a codebook that does not change.
 
     Returns:
-        int64 indices, `(...)`, in `[0, K)`. Ties go to the lowest index.
+        int64 indices, `(...)`, in `[0, K)`. Ties go to the lowest index; so do vectors that hold a NaN or an infinity.
+        Entries that do are never chosen over one that does not.
 
     Raises:
         ValueError: If the widths differ, `codebook` is empty, or the metric is unknown.
     """
-    if codebook.dim() != 2 or not len(codebook) or x.shape[-1] != codebook.shape[1]:
-        raise ValueError(f"expected x (..., D) and a codebook (K, D) with K > 0, got {x.shape = } and {codebook.shape = }")
+    check(x, codebook, metric)
+    if torch.compiler.is_compiling():
+        return torch.ops.tokenzoo.nearest(x, codebook, metric)
+    with torch.no_grad():
+        rows, entries = as_rows(x), as_entries(codebook, metric)
+        return search(rows, entries, codebook, metric == "cosine", cache).reshape(x.shape[:-1])
+
+
+def check(x: Tensor, codebook: Tensor, metric: str) -> None:
+    """Raises ValueError unless `x` can be searched for in `codebook`."""
+    if codebook.dim() != 2 or not codebook.numel() or x.dim() < 1 or x.shape[-1] != codebook.shape[1]:
+        raise ValueError(f"expected x (..., D) and a codebook (K, D) with K, D > 0, got {x.shape = } and {codebook.shape = }")
     if metric not in ("l2", "cosine"):
         raise ValueError(f"expected metric 'l2' or 'cosine', got {metric!r}")
-    with torch.autocast(x.device.type, enabled=False):
-        flat, entries = x.detach().reshape(-1, x.shape[-1]).float(), codebook.detach().float()
-        if metric == "cosine":
-            flat, entries = torch.nn.functional.normalize(flat, dim=-1), torch.nn.functional.normalize(entries, dim=-1)
-        ids = _nearest_l2(flat, entries)
-    return ids.reshape(x.shape[:-1])
 
 
-def _nearest_l2(x: Tensor, codebook: Tensor) -> Tensor:
-    """Argmin over k of |c_k|^2 - 2 x.c_k: the distance less the term that is the same for every k."""
-    squared_norms = codebook.square().sum(1)
-    rows = max(1, _CHUNK_ELEMENTS // len(codebook))
-    chunks = [torch.addmm(squared_norms, part, codebook.T, alpha=-2).argmin(1) for part in x.split(rows)]
-    return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.long, device=x.device)
+def as_rows(x: Tensor) -> Tensor:
+    """Vectors `(..., D)` as contiguous float32 `(N, D)`."""
+    return x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+
+
+def as_entries(codebook: Tensor, metric: str) -> Tensor:
+    """The entries that are compared, contiguous float32 `(K, D)`."""
+    entries = codebook.detach().float()
+    return (F.normalize(entries, dim=-1) if metric == "cosine" else entries).contiguous()
+
+
+def search(rows: Tensor, entries: Tensor, source: Tensor, dot: bool, cache: PackCache | None) -> Tensor:
+    """int64 `(N,)`: nearest of `entries`, derived from `source`, by whichever implementation this machine has."""
+    native = _native.library() if rows.device.type == "cpu" else None
+    if native is None:
+        return _reference.nearest(rows, entries, dot=dot)
+    packed = cache.get(entries, source, dot, native) if cache else native.pack(entries, dot)
+    return native.nearest(rows, packed, len(entries))
+
+
+@torch.library.custom_op("tokenzoo::nearest", mutates_args=())
+def _nearest_op(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    return search(as_rows(x), as_entries(codebook, metric), codebook, metric == "cosine", None).reshape(x.shape[:-1])
+
+
+@_nearest_op.register_fake
+def _(x: Tensor, codebook: Tensor, metric: str) -> Tensor:  # noqa: ARG001 (a schema)
+    return x.new_empty(x.shape[:-1], dtype=torch.long)

@@ -1,0 +1,75 @@
+"""k-means on the codebook lookup: how codebooks are started, and how VQToken groups a clip's tokens."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenzoo.kernels.nearest import nearest
+from tokenzoo.kernels.quantize import code_sums
+
+
+class Clusters(NamedTuple):
+    """Centroids `(K, D)` and the centroid of each vector, int64 `(...)`."""
+
+    centroids: Tensor
+    ids: Tensor
+
+
+def kmeans(
+    x: Tensor,
+    size: int,
+    *,
+    iterations: int = 10,
+    spherical: bool = False,
+    generator: torch.Generator | None = None,
+) -> Clusters:
+    """Lloyd's k-means with k-means++ seeding (Arthur and Vassilvitskii 2007); deterministic for a generator.
+
+    Empty clusters are moved to the vectors farthest from their centroid.
+
+    Args:
+        x: Vectors, `(..., D)`; at least one.
+        size: Number of centroids K, from 1; more than there are distinct vectors leaves some centroids equal.
+        iterations: Rounds of assignment and update.
+        spherical: Compare directions; vectors and centroids are l2-normalised.
+        generator: Source of randomness of the seeding; the global one by default.
+
+    Raises:
+        ValueError: If there is no vector, or `size` is not positive.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1]).float()
+    if not rows.numel() or size < 1:
+        raise ValueError(f"expected at least one vector and one centroid, got {x.shape = } and {size = }")
+    if spherical:
+        rows = F.normalize(rows, dim=-1)
+    centroids = _seed(rows, size, generator)
+    for _ in range(iterations):
+        ids = nearest(rows, centroids)
+        centroids = _update(rows, ids, centroids, spherical)
+    return Clusters(centroids, nearest(rows, centroids).reshape(x.shape[:-1]))
+
+
+def _seed(rows: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
+    """k-means++: each centroid is a vector drawn with probability proportional to its squared distance to those chosen."""
+    first = torch.randint(len(rows), (1,), generator=generator)
+    chosen = [rows[first]]
+    distance = (rows - chosen[0]).square().sum(1)
+    draws = torch.rand(size, dtype=torch.float64, generator=generator)
+    for draw in draws[1:]:
+        cumulative = distance.double().cumsum(0)
+        at = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp(max=len(rows) - 1)
+        chosen.append(rows[at][None])
+        distance = torch.minimum(distance, (rows - chosen[-1]).square().sum(1))
+    return torch.cat(chosen)
+
+
+def _update(rows: Tensor, ids: Tensor, centroids: Tensor, spherical: bool) -> Tensor:
+    counts, sums = code_sums(rows, ids, len(centroids))
+    moved = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), centroids)
+    empty = (counts == 0).nonzero()[:, 0]
+    if len(empty):
+        far = (rows - moved[ids]).square().sum(1).topk(min(len(empty), len(rows))).indices
+        moved[empty[: len(far)]] = rows[far]
+    return F.normalize(moved, dim=-1) if spherical else moved

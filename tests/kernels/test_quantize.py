@@ -1,0 +1,110 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tokenzoo.kernels import PackCache, code_sums, kmeans, nearest, quantize, residual_quantize
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 500])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_ids_entries_and_loss(lane, rows, metric):
+    x, codebook = torch.randn(rows, 24), torch.randn(99, 24)
+    found = quantize(x, codebook, metric=metric)
+    assert torch.equal(found.ids, nearest(x, codebook, metric=metric))
+    if metric == "cosine":
+        x, codebook = F.normalize(x, dim=-1), F.normalize(codebook, dim=-1)
+    assert torch.equal(found.vectors, codebook[found.ids])
+    assert float(found.loss) == pytest.approx(float((found.vectors - x).square().mean()) if rows else 0, rel=1e-5)
+
+
+def test_shapes_dtypes_and_cache(lane):
+    x, codebook, cache = torch.randn(2, 3, 4, 8).half(), torch.randn(30, 8), PackCache()
+    found = quantize(x, codebook, cache=cache)
+    assert found.ids.shape == (2, 3, 4)
+    assert found.vectors.shape == x.shape
+    assert found.vectors.dtype == torch.float32
+    codebook.mul_(2)
+    assert torch.equal(quantize(x, codebook, cache=cache).ids, nearest(x, codebook))
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_gradients_are_straight_through_and_exact_gather(lane, metric):
+    def plain(x, codebook):
+        if metric == "cosine":
+            x, codebook = F.normalize(x, dim=-1), F.normalize(codebook, dim=-1)
+        entries = codebook[nearest(x, codebook)]
+        return entries + x - x.detach(), F.mse_loss(entries, x)
+
+    def loss_of(function):
+        x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        codebook = torch.randn(20, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        vectors, loss = function(x, codebook)
+        weights = torch.arange(6.0)
+        (weights * vectors).sum().add(3 * loss).backward()
+        return x.grad, codebook.grad
+
+    ours = loss_of(lambda x, codebook: quantize(x, codebook, metric=metric)[1:])
+    for a, b in zip(ours, loss_of(plain), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_opcheck_and_compile(lane):
+    x, codebook = torch.randn(10, 6, requires_grad=True), torch.randn(20, 6, requires_grad=True)
+    torch.library.opcheck(torch.ops.tokenzoo.quantize.default, (x, codebook))
+    torch.library.opcheck(torch.ops.tokenzoo.residual_quantize.default, (x.detach(), torch.randn(3, 9, 6)))
+    compiled = torch.compile(lambda x, c: quantize(x * 2, c).vectors.sum(), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x, codebook), quantize(x * 2, codebook).vectors.sum())
+
+
+def test_code_sums_do_not_depend_on_threads(lane):
+    x, ids = torch.randn(1000, 12), torch.randint(0, 70, (1000,))
+    counts, sums = code_sums(x, ids, 80)
+    assert torch.equal(counts, torch.bincount(ids, minlength=80).float())
+    assert torch.allclose(sums, torch.zeros(80, 12).index_add_(0, ids, x), atol=1e-4)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(code_sums(x, ids, 80)[1], sums)
+    finally:
+        torch.set_num_threads(threads)
+    assert code_sums(x[:0], ids[:0], 5)[0].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize(("rows", "stages", "dim"), [(0, 2, 8), (1, 3, 8), (300, 8, 16), (65, 4, 130), (10, 0, 4)])
+def test_residual_stages_are_quantizers_in_a_row(lane, rows, stages, dim):
+    x, codebooks = torch.randn(rows, dim), torch.randn(stages, 64, dim)
+    found = residual_quantize(x, codebooks)
+    residual, total = x, torch.zeros(rows, dim)
+    assert found.ids.shape == (rows, stages)
+    for stage, codebook in enumerate(codebooks):
+        ids = nearest(residual, codebook)
+        assert torch.equal(found.ids[:, stage], ids)
+        residual, total = residual - codebook[ids], total + codebook[ids]
+    assert torch.allclose(found.vectors, total, atol=1e-5)
+    with pytest.raises(ValueError, match="expected x"):
+        residual_quantize(x, torch.randn(2, 5, dim + 1))
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_kmeans_finds_separate_clusters_and_repeats(lane, spherical):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.eye(6) * 10
+    truth = torch.arange(600) % 6
+    x = centres[truth] + torch.randn(600, 6, generator=generator)
+    first = kmeans(x, 6, spherical=spherical, generator=torch.Generator().manual_seed(1))
+    again = kmeans(x, 6, spherical=spherical, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(first.centroids, again.centroids)
+    pairs = {(int(a), int(b)) for a, b in zip(truth, first.ids, strict=True)}
+    assert len(pairs) == 6
+    if spherical:
+        assert torch.allclose(first.centroids.norm(dim=1), torch.ones(6), atol=1e-5)
+
+
+def test_kmeans_with_more_centroids_than_vectors(lane):
+    x = torch.randn(3, 4)
+    found = kmeans(x, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(found.centroids[found.ids], x, atol=1e-6)
+    with pytest.raises(ValueError, match="at least one"):
+        kmeans(x[:0], 2)
+    with pytest.raises(ValueError, match="at least one"):
+        kmeans(x, 0)

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import constants
 
 from tokenzoo import __version__
+from tokenzoo.kernels import _native
 
 _PACKAGES = ("torchvision", "torchaudio", "timm", "huggingface-hub", "safetensors", "accelerate")
 
@@ -21,6 +22,7 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         **{name: _version(name) for name in _PACKAGES},
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}",
+        "kernels": _native.status(),
         "accelerators": ", ".join(_accelerators()) or "none",
         "hub cache": str(constants.HF_HUB_CACHE),
         "hub endpoint": constants.ENDPOINT,

@@ -1,12 +1,12 @@
 """Quantizer modules: what turns vectors into ids, with the gradients and losses that training needs."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenzoo.kernels import nearest
+from tokenzoo.kernels import PackCache, nearest
 
 
 class Quantized(NamedTuple):
@@ -29,10 +29,16 @@ class VectorQuantizer(nn.Module):
         self.metric = metric
         self.commitment = commitment
         self.codebook = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
+        self._cache = PackCache()
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`; the packed codebook is kept in eval mode only."""
+        self._cache.clear()
+        return super().train(mode)
 
     def ids(self, x: Tensor) -> Tensor:
         """Ids int64 `(...)` of vectors `(..., D)`."""
-        return nearest(x, self.codebook, metric=self.metric)
+        return nearest(x, self.codebook, metric=self.metric, cache=None if self.training else self._cache)
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Entries float32 `(..., D)` of ids `(...)`; differentiable with respect to the codebook."""

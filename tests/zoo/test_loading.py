@@ -299,3 +299,14 @@ def test_a_repository_without_a_card_or_of_another_layout(hub, folder):
         tokenzoo.load("hf-hub:org/other")
     with pytest.raises(DownloadError, match=r"org/none/config\.json"):
         tokenzoo.load("hf-hub:org/none")
+
+
+def test_initialisations_that_sample_until_they_fit_still_end(tiny, tmp_path):
+    class Truncated(tiny.Tiny):
+        def __init__(self, config):
+            super().__init__(config)
+            self.codebook.data.fill_(5)  # as memory that was never initialised may hold
+            torch.nn.init.trunc_normal_(self.codebook, std=0.02, a=-0.01, b=0.01)
+
+    tok = Truncated(tiny.TinyConfig())
+    assert Truncated.from_pretrained(tok.save_pretrained(tmp_path)).digest == tok.digest

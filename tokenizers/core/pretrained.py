@@ -386,21 +386,15 @@ def _few(keys: list[str]) -> str:
     return ", ".join(keys[:_KEYS_SHOWN]) + (", ..." if len(keys) > _KEYS_SHOWN else "")
 
 
-_RANDOM_FILLS = frozenset(
-    getattr(owner, name)
-    for owner, names in (
-        (Tensor, ("uniform_", "normal_", "erfinv_")),
-        (nn.init, ("uniform_", "normal_", "trunc_normal_", "orthogonal_")),
-        (nn.init, ("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_")),
-    )
-    for name in names
-)
+_SKIPPED = frozenset((nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_))
 
 
 class _NoRandomInit(TorchFunctionMode):
-    """Leaves out the random initialisation of weights that are about to be overwritten; it takes longer than reading them."""
+    """Leaves out what linear, convolution and embedding layers do first: random weights that are about to be overwritten.
+
+    `trunc_normal_` is not left out: it samples until everything is in range, and would not end.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _RANDOM_FILLS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func in _SKIPPED and "tensor" in kwargs else func(*args, **kwargs)

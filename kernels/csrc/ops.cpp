@@ -32,6 +32,7 @@ using torch::stable::Tensor;
 constexpr int64_t FEW_ROWS = 16;
 constexpr int64_t ROW_BLOCK_BYTES = 192 << 10;   // packed rows of a thread: they share its L2 with the codes
 constexpr int64_t CODE_BLOCK_BYTES = 16 << 10;   // codes that stay in L1 while the row block passes over them
+constexpr int64_t SCALAR_ROWS = 4096;            // rows of scalar quantization that are worth a thread
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 // The widest instruction set of this processor, or the one that TOKENZOO_ISA names.
@@ -328,7 +329,50 @@ std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<
   return {ids, out};
 }
 
-int64_t instruction_set() { return search().name == std::string_view("AVX-512") ? 512 : search().name == std::string_view("AVX2") ? 256 : 128; }
+// Finite scalar quantization by thresholds [levels - 1, dim] (+inf where a dimension has fewer): codes are
+// level * scale + shift, ids the sum of level * basis.
+std::tuple<Tensor, Tensor> fsq(const Tensor& x, const Tensor& thresholds, const Tensor& scale, const Tensor& shift,
+                               const Tensor& basis) {
+  const int64_t count = x.size(0), width = x.size(1);
+  Tensor ids = make(x, {count}, ScalarType::Long), codes = make(x, {count, width}, ScalarType::Float);
+  int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
+  float* code = static_cast<float*>(codes.mutable_data_ptr());
+  parallel((count + SCALAR_ROWS - 1) / SCALAR_ROWS, [&](int64_t block) {
+    const int64_t first = block * SCALAR_ROWS;
+    search().fsq(floats(x) + first * width, std::min(SCALAR_ROWS, count - first), width, thresholds.size(0), floats(thresholds),
+                 floats(scale), floats(shift), static_cast<const int32_t*>(basis.const_data_ptr()), code + first * width,
+                 id + first);
+  });
+  return {codes, ids};
+}
+
+// Lookup-free quantization: the sign of each value, and the signs as bits, the first dimension the highest.
+std::tuple<Tensor, Tensor> lfq(const Tensor& x, double scale) {
+  const int64_t count = x.size(0), width = x.size(1);
+  Tensor ids = make(x, {count}, ScalarType::Long), codes = make(x, {count, width}, ScalarType::Float);
+  int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
+  float* code = static_cast<float*>(codes.mutable_data_ptr());
+  const float* rows = floats(x);
+  const float high = static_cast<float>(scale);
+  parallel((count + SCALAR_ROWS - 1) / SCALAR_ROWS, [&](int64_t block) {
+    for (int64_t n = block * SCALAR_ROWS; n < std::min(count, (block + 1) * SCALAR_ROWS); ++n) {
+      int64_t bits = 0;
+      for (int64_t d = 0; d < width; ++d) {
+        const bool positive = rows[n * width + d] > 0;
+        bits = bits << 1 | positive;
+        code[n * width + d] = positive ? high : -high;
+      }
+      id[n] = bits;
+    }
+  });
+  return {codes, ids};
+}
+
+// Bits in a register of the instruction set in use.
+int64_t instruction_set() {
+  const std::string_view name = search().name;
+  return name == "AVX-512" ? 512 : name == "AVX2" ? 256 : 128;
+}
 
 }  // namespace
 
@@ -338,6 +382,8 @@ STABLE_TORCH_LIBRARY(tokenzoo_native, m) {
   m.def("quantize(Tensor x, Tensor packed, Tensor codebook) -> (Tensor, Tensor, Tensor)");
   m.def("code_sums(Tensor x, Tensor ids, int size) -> (Tensor, Tensor)");
   m.def("residual_quantize(Tensor x, Tensor[] packed, Tensor codebooks) -> (Tensor, Tensor)");
+  m.def("fsq(Tensor x, Tensor thresholds, Tensor scale, Tensor shift, Tensor basis) -> (Tensor, Tensor)");
+  m.def("lfq(Tensor x, float scale) -> (Tensor, Tensor)");
   m.def("instruction_set() -> int");
 }
 
@@ -347,6 +393,8 @@ STABLE_TORCH_LIBRARY_IMPL(tokenzoo_native, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("code_sums", TORCH_BOX(&code_sums));
   m.impl("residual_quantize", TORCH_BOX(&residual_quantize));
+  m.impl("fsq", TORCH_BOX(&fsq));
+  m.impl("lfq", TORCH_BOX(&lfq));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tokenzoo_native, CompositeExplicitAutograd, m) {

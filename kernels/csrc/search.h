@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "search_table.h"
 
@@ -192,8 +193,42 @@ void scan_few(const float* rows, int64_t count, const float* panels, const float
   for (; n < count; ++n) few_rows<1, FEW>(rows + n * dim, panels, bias, dim, first, last, best + n, code + n);
 }
 
+// LANES rows are dim vectors, whose lanes repeat the dimensions in turn: the tables are spread out to match, once.
+void fsq(const float* x, int64_t count, int64_t dim, int64_t num_thresholds, const float* thresholds, const float* scale,
+         const float* shift, const int32_t* basis, float* codes, int64_t* ids) {
+  const int64_t span = dim * LANES;
+  std::vector<float> limits(num_thresholds * span), factors(span), offsets(span), values(span), out(span);
+  std::vector<int32_t> weights(span), parts(span);
+  for (int64_t i = 0; i < span; ++i) {
+    for (int64_t t = 0; t < num_thresholds; ++t) limits[t * span + i] = thresholds[t * dim + i % dim];
+    factors[i] = scale[i % dim];
+    offsets[i] = shift[i % dim];
+    weights[i] = basis[i % dim];
+  }
+  for (int64_t first = 0; first < count; first += LANES) {
+    const int64_t rows = std::min<int64_t>(LANES, count - first);
+    const bool whole = rows == LANES;
+    const float* in = x + first * dim;
+    float* to = whole ? codes + first * dim : out.data();
+    if (!whole) in = std::copy_n(in, rows * dim, values.data()) - rows * dim;
+    for (int64_t i = 0; i < span; i += LANES) {
+      const Vec value = load(in + i);
+      Ints level = splat(0);
+      for (int64_t t = 0; t < num_thresholds; ++t) level -= value >= load(limits.data() + t * span + i);
+      store(to + i, __builtin_convertvector(level, Vec) * load(factors.data() + i) + load(offsets.data() + i));
+      store(parts.data() + i, level * load(weights.data() + i));
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t id = 0;
+      for (int64_t d = 0; d < dim; ++d) id += parts[r * dim + d];
+      ids[first + r] = id;
+    }
+    if (!whole) std::copy_n(out.data(), rows * dim, codes + first * dim);
+  }
+}
+
 const SearchTable* table() {
-  static const SearchTable functions{NAME, ROWS, scan, resolve, scan_few};
+  static const SearchTable functions{NAME, ROWS, scan, resolve, scan_few, fsq};
   return &functions;
 }
 

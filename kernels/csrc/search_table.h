@@ -20,6 +20,9 @@ struct SearchTable {
   // Largest score and its first code for each of a few rows [count][dim] over panels [first, last).
   void (*scan_few)(const float* rows, int64_t count, const float* panels, const float* bias, int64_t dim, int64_t first,
                    int64_t last, float* best, int32_t* code);
+  // Levels of finite scalar quantization: how many of its dimension's thresholds each value exceeds, and what that means.
+  void (*fsq)(const float* x, int64_t count, int64_t dim, int64_t num_thresholds, const float* thresholds, const float* scale,
+              const float* shift, const int32_t* basis, float* codes, int64_t* ids);
 };
 
 // Padded width: small widths are rounded up, so that their loops have a length known to the compiler.

@@ -120,9 +120,9 @@ def test_a_measure_of_the_users_own(tok):
 
 
 def test_a_bad_item_is_named(tok):
-    with pytest.raises(MediaError, match="item 1: .*NoneType"):
+    with pytest.raises(MediaError, match=r"item 1: .*NoneType"):
         tok.encode([pictures(1)[0], None])
-    with pytest.raises(MediaError, match="^expected a picture"):
+    with pytest.raises(MediaError, match=r"^expected a picture"):
         tok.encode([None])
 
 

@@ -1,0 +1,145 @@
+"""Finite scalar quantization (https://arxiv.org/abs/2309.15505): every dimension is rounded to a few levels.
+
+The published form rounds `tanh(z + s) * h - o`. That is a step function of `z`, so here each dimension's steps are found
+once, to the last bit, by bisection on the published form; quantizing is then nothing but comparisons, and exactly equal.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenzoo.kernels import _native
+from tokenzoo.kernels.nearest import as_rows
+
+_SLACK = 1e-3
+
+
+class ScalarQuantized(NamedTuple):
+    """Codes float32 `(..., D)` and ids int64 `(...)`."""
+
+    codes: Tensor
+    ids: Tensor
+
+
+class _Steps(NamedTuple):
+    thresholds: Tensor
+    scale: Tensor
+    shift: Tensor
+    basis: Tensor
+
+
+def fsq_quantize(z: Tensor, levels: Sequence[int]) -> ScalarQuantized:
+    """Quantizes vectors; gradients pass straight through the rounding, but not the tanh.
+
+    Args:
+        z: Vectors, `(..., D)`, any float dtype; computed in float32. A NaN takes the lowest level.
+        levels: Levels of each of the D dimensions, from 2; their product is the size of the codebook, at most 2^31.
+
+    Returns:
+        Codes in [-1, 1] and ids in `[0, prod(levels))`, in which the first dimension moves fastest.
+
+    Raises:
+        ValueError: If the widths differ or a dimension has fewer than two levels.
+    """
+    levels = _check(levels)
+    if z.dim() < 1 or z.shape[-1] != len(levels):
+        raise ValueError(f"expected z (..., {len(levels)}), one value for each of {levels = }, got {z.shape = }")
+    codes, ids = torch.ops.tokenzoo.fsq_quantize(z, list(levels))
+    return ScalarQuantized(codes, ids)
+
+
+def fsq_codes(ids: Tensor, levels: Sequence[int]) -> Tensor:
+    """Codes float32 `(..., D)` of ids int64 `(...)`; the inverse of `fsq_indices`."""
+    steps = _steps(_check(levels), ids.device)
+    level = ids[..., None] // steps.basis.long() % torch.tensor(levels, device=ids.device)
+    return level * steps.scale + steps.shift
+
+
+def fsq_indices(codes: Tensor, levels: Sequence[int]) -> Tensor:
+    """Ids int64 `(...)` of codes `(..., D)` as `fsq_quantize` returns them."""
+    steps = _steps(_check(levels), codes.device)
+    return (((codes.float() - steps.shift) / steps.scale).round().long() * steps.basis.long()).sum(-1)
+
+
+def _check(levels: Sequence[int]) -> tuple[int, ...]:
+    if not levels or min(levels) < 2 or math.prod(levels) > 2**31:
+        raise ValueError(f"expected at least two levels in every dimension, 2^31 codes at most, got {levels = }")
+    return tuple(levels)
+
+
+def _constants(levels: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Half width, offset and shift of the published bound, float32 `(D,)`."""
+    count = torch.tensor(levels, dtype=torch.float32)
+    half = (count - 1) * (1 + _SLACK) / 2
+    offset = torch.where(count % 2 == 0, 0.5, 0.0)
+    return half, offset, (offset / half).atanh()
+
+
+@functools.lru_cache(maxsize=64)
+def _cpu_steps(levels: tuple[int, ...]) -> _Steps:
+    half, offset, shift = _constants(levels)
+    half_width = torch.tensor([n // 2 for n in levels], dtype=torch.float32)
+    most = max(levels) - 1
+    wanted = torch.arange(1, most + 1)[:, None] - half_width
+    low, high = (_to_ordered(torch.full((most, len(levels)), limit)) for limit in (-20.0, 20.0))
+    while bool((high - low > 1).any()):
+        middle = (low + high) // 2
+        reached = (torch.tanh(_from_ordered(middle) + shift) * half - offset).round() >= wanted
+        low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+    exists = torch.arange(1, most + 1)[:, None] < torch.tensor(levels)
+    thresholds = torch.where(exists, _from_ordered(high), torch.inf).contiguous()
+    basis = torch.tensor([math.prod(levels[:d]) for d in range(len(levels))], dtype=torch.int32)
+    return _Steps(thresholds, 1 / half_width, -torch.ones(len(levels)), basis)
+
+
+def _steps(levels: tuple[int, ...], device: torch.device) -> _Steps:
+    return _Steps(*(t.to(device) for t in _cpu_steps(levels)))
+
+
+def _to_ordered(x: Tensor) -> Tensor:
+    """float32 as integers in the same order, so that bisection takes at most 32 steps."""
+    bits = x.view(torch.int32).long()
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def _from_ordered(order: Tensor) -> Tensor:
+    bits = torch.where(order < 0, (-order) | -0x80000000, order)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+@torch.library.custom_op("tokenzoo::fsq_quantize", mutates_args=())
+def _fsq_op(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
+    rows, steps = as_rows(z), _steps(tuple(levels), z.device)
+    native = _native.library() if rows.device.type == "cpu" else None
+    if native is None:
+        level = (rows[:, None] >= steps.thresholds).sum(1)
+        codes, ids = level * steps.scale + steps.shift, (level * steps.basis).sum(-1)
+    else:
+        codes, ids = native.fsq(rows, *steps)
+    return codes.reshape(z.shape), ids.reshape(z.shape[:-1])
+
+
+@_fsq_op.register_fake
+def _(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:  # noqa: ARG001 (a schema)
+    return z.new_empty(z.shape, dtype=torch.float32), z.new_empty(z.shape[:-1], dtype=torch.long)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, list[int]], output: tuple[Tensor, Tensor]) -> None:
+    z, ctx.levels = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(z)
+
+
+def _backward(ctx: Any, grad_codes: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    (z,) = ctx.saved_tensors
+    half, _offset, shift = (t.to(z.device) for t in _constants(ctx.levels))
+    width = torch.tensor([float(n // 2) for n in ctx.levels], device=z.device)
+    slope = (1 - torch.tanh(z.float() + shift).square()) * half / width
+    return (grad_codes * slope).to(z.dtype), None
+
+
+_fsq_op.register_autograd(_backward, setup_context=_setup)

@@ -10,18 +10,27 @@ from torch import Tensor
 _CHUNK_SCORES = 1 << 19
 
 
+def centred(codebook: Tensor, *, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean `(D,)`, entries less their mean `(K, D)`, and bias `(K,)`: the nearest k has the largest `(x - mean).c + bias`.
+
+    Taking the mean off both sides changes no distance, and keeps the digits of data with a large common offset; it would
+    change products, so for `dot` it is zero. Entries that are not finite get a bias of -inf.
+    """
+    mean = codebook.new_zeros(codebook.shape[1]) if dot else codebook.mean(0)
+    mean = torch.where(mean.isfinite(), mean, 0)
+    entries = codebook - mean
+    norms = entries.square().sum(1)
+    usable = norms.isfinite()
+    bias = torch.where(usable, torch.zeros_like(norms) if dot else -norms / 2, -torch.inf)
+    return mean, torch.where(usable[:, None], entries, 0), bias
+
+
 def nearest(x: Tensor, codebook: Tensor, *, dot: bool) -> Tensor:
     """int64 `(N,)`: the entry with the smallest distance (`dot`: the largest product) for each row of `(N, D)`.
 
     Ties go to the lowest index, as do rows that are not finite; entries that are not finite are never chosen.
     """
-    mean = codebook.mean(0) if not dot else codebook.new_zeros(codebook.shape[1])
-    mean = torch.where(mean.isfinite(), mean, 0)
-    entries = codebook - mean
-    norms = entries.square().sum(1)
-    usable = norms.isfinite()
-    entries = torch.where(usable[:, None], entries, 0)
-    bias = torch.where(usable, torch.zeros_like(norms) if dot else -norms / 2, -torch.inf)
+    mean, entries, bias = centred(codebook, dot=dot)
     chunks = [_best(part - mean, entries, bias) for part in x.split(max(16, _CHUNK_SCORES // len(codebook)))]
     return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.long, device=x.device)
 

@@ -1,5 +1,7 @@
 """Index of the nearest codebook entry, without an [N, K] matrix of distances."""
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -79,11 +81,27 @@ def as_entries(codebook: Tensor, metric: str) -> Tensor:
 
 def search(rows: Tensor, entries: Tensor, source: Tensor, dot: bool, cache: PackCache | None) -> Tensor:
     """int64 `(N,)`: nearest of `entries`, derived from `source`, by whichever implementation this machine has."""
+    if rows.is_cuda and _has_triton():
+        return _search_triton(rows, entries, dot)
     native = _native.library() if rows.device.type == "cpu" else None
     if native is None:
         return _reference.nearest(rows, entries, dot=dot)
     packed = cache.get(entries, source, dot, native) if cache else native.pack(entries, dot)
     return native.nearest(rows, packed, len(entries))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _search_triton(rows: Tensor, entries: Tensor, dot: bool) -> Tensor:
+    from tokenzoo.kernels._triton import best_score
+
+    mean, centred, bias = _reference.centred(entries, dot=dot)
+    finite = rows.isfinite().all(1)
+    shifted = torch.where(finite[:, None], rows - mean, 0)
+    return torch.where(finite, best_score(shifted, centred, bias), 0)
 
 
 @torch.library.custom_op("tokenzoo::nearest", mutates_args=())

@@ -1,8 +1,12 @@
 import json
+from importlib.resources import files
 
 import pytest
 
+from tokenzoo import info, list_models
 from tokenzoo.card import Card, Source, allows_commercial_use, parse_card, read_cards
+from tokenzoo.hub import find_adapter
+from tokenzoo.registry import tokenizer_class
 from tokenzoo.tokenizers.errors import ConfigError
 
 SHA = "0123456789abcdef" * 4
@@ -121,3 +125,16 @@ def test_cards_are_read_from_a_package(site):
     found = list(read_cards("tiny_cards"))
     assert [made.name for made in found] == ["tiny.a", "tiny.b"]
     assert all(isinstance(made, Card) and made.package == "tiny_cards" for made in found)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_each_of_our_cards_describes_a_tokenizer(name):
+    made = info(name)
+    cls = tokenizer_class(made.architecture)
+    assert cls.modality == made.modality
+    cls.config_class.from_dict(made.config)
+    find_adapter(made, cls)
+    assert len(made.body) > 200
+    if made.bundled:
+        assert files(made.package).joinpath(made.source.file).is_file()
+        assert made.source.sha256

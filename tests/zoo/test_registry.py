@@ -86,3 +86,8 @@ def test_an_unknown_name_is_answered_with_close_names(site, name, meant):
     site.card("tiny.a")
     with pytest.raises(UnknownTokenizerError, match=f"'{meant}'"):
         registry.find_card(name)
+
+
+@pytest.mark.parametrize("architecture", registry.architectures())
+def test_each_architecture_is_of_its_key(architecture):
+    assert registry.tokenizer_class(architecture).architecture == architecture

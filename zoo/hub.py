@@ -154,9 +154,14 @@ def _commit_of(path: Path, file: str) -> str:
     return path.parents[len(Path(file).parts) - 1].name
 
 
+def _content_name(path: Path) -> str:
+    """The name of the content that a cached file links to; what that may link to in turn is named otherwise."""
+    return path.readlink().name if path.is_symlink() else path.name
+
+
 def _sha256_by_name(path: Path) -> str | None:
     """The cache names the content of large files by its sha256."""
-    name = path.resolve().name
+    name = _content_name(path)
     return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
 
 
@@ -195,7 +200,7 @@ def _key(path: Path, adapter: Adapter) -> str:
     """Names a conversion by its content, its place in the repository, and the adapter's rules."""
     at = path.parts.index("snapshots") - 1 if "snapshots" in path.parts else 0
     rules = re.sub(r"0x[0-9a-f]+", "", repr(adapter))
-    identity = f"{CONVERTED_VERSION}|{'/'.join(path.parts[at:])}|{path.resolve().name}|{rules}"
+    identity = f"{CONVERTED_VERSION}|{'/'.join(path.parts[at:])}|{_content_name(path)}|{rules}"
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 

@@ -157,6 +157,22 @@ def test_a_file_damaged_in_the_cache_is_noticed_and_downloaded_again(published, 
     assert tokenzoo.load("tiny.a").digest == tiny.make(0).digest
 
 
+def test_content_that_huggingface_hub_shares_between_repositories_is_not_taken_for_damaged(published, cache, hub, tiny):
+    """Its name is then a hash of another kind."""
+    tokenzoo.load("tiny.a")
+    blob = cached(cache, published).parent / cached(cache, published).readlink()
+    shared = cache / "hub" / ("e" * 64)
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    assert tokenzoo.load("tiny.a").digest == tiny.make(0).digest
+    assert tokenzoo.load("tiny.a", revision=hub.repos[REPO].refs["main"]).digest == tiny.make(0).digest
+    shared.write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match="removed from the cache"):
+        tokenzoo.load("tiny.a")
+    assert not shared.exists()
+    assert tokenzoo.load("tiny.a").digest == tiny.make(0).digest
+
+
 def test_a_file_is_hashed_once(published, monkeypatch):
     tokenzoo.load("tiny.a")
     monkeypatch.setattr(hashlib, "file_digest", lambda *args: pytest.fail("the file was read again"))

@@ -6,10 +6,11 @@ from tokenzoo.kernels.lfq import lfq_codes, lfq_quantize
 from tokenzoo.kernels.nearest import PackCache, nearest
 from tokenzoo.kernels.pack_bits import pack_bits, unpack_bits
 from tokenzoo.kernels.quantize import code_sums, quantize
-from tokenzoo.kernels.residual_quantize import residual_quantize
+from tokenzoo.kernels.residual_quantize import Projections, projected_residual_quantize, residual_quantize
 
 __all__ = [
     "PackCache",
+    "Projections",
     "code_sums",
     "fsq_codes",
     "fsq_indices",
@@ -19,6 +20,7 @@ __all__ = [
     "lfq_quantize",
     "nearest",
     "pack_bits",
+    "projected_residual_quantize",
     "quantize",
     "residual_quantize",
     "unpack_bits",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenzoo.kernels import _native, _reference
-from tokenzoo.kernels.nearest import as_rows
+from tokenzoo.kernels.nearest import as_rows, nearest
 
 
 class ResidualQuantized(NamedTuple):
@@ -14,6 +14,22 @@ class ResidualQuantized(NamedTuple):
 
     ids: Tensor
     vectors: Tensor
+
+
+class Projections(NamedTuple):
+    """Linear maps of every stage into its codebook's narrow space and back, as DAC has them.
+
+    Attributes:
+        in_weight: `(Q, d, D)`.
+        in_bias: `(Q, d)`.
+        out_weight: `(Q, D, d)`.
+        out_bias: `(Q, D)`.
+    """
+
+    in_weight: Tensor
+    in_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
 
 
 def residual_quantize(x: Tensor, codebooks: Tensor) -> ResidualQuantized:
@@ -29,10 +45,57 @@ def residual_quantize(x: Tensor, codebooks: Tensor) -> ResidualQuantized:
     Raises:
         ValueError: If the widths differ or a codebook is empty.
     """
-    if codebooks.dim() != 3 or not codebooks.shape[1] or x.dim() < 1 or x.shape[-1] != codebooks.shape[2]:
-        raise ValueError(f"expected x (..., D) and codebooks (Q, K, D) with K > 0, got {x.shape = } and {codebooks.shape = }")
+    _check(x, codebooks, codebooks.shape[-1])
     ids, vectors = torch.ops.tokenzoo.residual_quantize(x, codebooks)
     return ResidualQuantized(ids, vectors)
+
+
+@torch.no_grad()
+def projected_residual_quantize(
+    x: Tensor, codebooks: Tensor, projections: Projections, *, metric: str = "cosine"
+) -> ResidualQuantized:
+    """As `residual_quantize`, each stage searching in a narrow space of its own (DAC, https://arxiv.org/abs/2306.06546).
+
+    The projections are folded: since a stage sees `in(x - sum out_j(z_j))`, all inputs are one product with `x`, less small
+    products of the codes `z_j` chosen so far with `in out_j`, and all outputs are one product with the codes.
+
+    Args:
+        x: Vectors, `(..., D)`, any float dtype; computed in float32.
+        codebooks: Entries of the stages, `(Q, K, d)`.
+        projections: Their maps.
+        metric: How entries are compared; the entries themselves are what is projected back.
+
+    Returns:
+        Ids int64 `(..., Q)` and the sum of the projected entries, float32 `(..., D)`.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    stages, _, narrow = codebooks.shape if codebooks.dim() == 3 else (0, 0, 0)
+    wide = x.shape[-1] if x.dim() else 0
+    shapes = tuple(tuple(t.shape) for t in projections)
+    if shapes != ((stages, narrow, wide), (stages, narrow), (stages, wide, narrow), (stages, wide)):
+        raise ValueError(f"expected projections between {wide} and {narrow} for each of {stages} stages, got {shapes}")
+    _check(x[..., :narrow], codebooks, narrow)
+    rows, entries = as_rows(x), codebooks.detach().float()
+    in_weight, in_bias, out_weight, out_bias = (t.detach().float() for t in projections)
+    out_stacked = out_weight.permute(0, 2, 1).reshape(stages * narrow, wide)
+    offset = torch.einsum("qdw,qw->qd", in_weight, out_bias.cumsum(0) - out_bias)
+    inputs = rows @ in_weight.reshape(stages * narrow, wide).T + (in_bias - offset).reshape(-1)
+    codes, ids = rows.new_empty(len(rows), stages * narrow), []
+    for q in range(stages):
+        done = q * narrow
+        narrowed = inputs[:, done : done + narrow] - codes[:, :done] @ (out_stacked[:done] @ in_weight[q].T)
+        ids.append(nearest(narrowed, entries[q], metric=metric))
+        codes[:, done : done + narrow] = entries[q][ids[-1]]
+    vectors = codes @ out_stacked + out_bias.sum(0)
+    chosen = torch.stack(ids, -1) if ids else torch.zeros(len(rows), 0, dtype=torch.long, device=x.device)
+    return ResidualQuantized(chosen.reshape(*x.shape[:-1], stages), vectors.reshape(x.shape))
+
+
+def _check(x: Tensor, codebooks: Tensor, width: int) -> None:
+    if codebooks.dim() != 3 or not codebooks.shape[1] or x.dim() < 1 or x.shape[-1] != width:
+        raise ValueError(f"expected x (..., D) and codebooks (Q, K, D) with K > 0, got {x.shape = } and {codebooks.shape = }")
 
 
 @torch.library.custom_op("tokenzoo::residual_quantize", mutates_args=())

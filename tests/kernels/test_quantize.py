@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tokenzoo.kernels import PackCache, code_sums, kmeans, nearest, quantize, residual_quantize
+from tokenzoo.kernels import (
+    PackCache,
+    Projections,
+    code_sums,
+    kmeans,
+    nearest,
+    projected_residual_quantize,
+    quantize,
+    residual_quantize,
+)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 500])
@@ -83,6 +92,26 @@ def test_residual_stages_are_quantizers_in_a_row(lane, rows, stages, dim):
     assert torch.allclose(found.vectors, total, atol=1e-5)
     with pytest.raises(ValueError, match="expected x"):
         residual_quantize(x, torch.randn(2, 5, dim + 1))
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize(("rows", "stages"), [(0, 2), (1, 3), (300, 9), (5, 0)])
+def test_folded_projections_are_the_stages_one_by_one(lane, rows, stages, metric):
+    x, codebooks = torch.randn(2, rows, 32), torch.randn(stages, 64, 8)
+    maps = Projections(
+        torch.randn(stages, 8, 32) / 6, torch.randn(stages, 8), torch.randn(stages, 32, 8) / 3, torch.randn(stages, 32)
+    )
+    found = projected_residual_quantize(x, codebooks, maps, metric=metric)
+    residual, total = x.double(), torch.zeros_like(x).double()
+    for q in range(stages):
+        narrow = residual @ maps.in_weight[q].double().T + maps.in_bias[q]
+        ids = nearest(narrow, codebooks[q], metric=metric)
+        assert torch.equal(found.ids[..., q], ids)
+        step = codebooks[q][ids].double() @ maps.out_weight[q].double().T + maps.out_bias[q]
+        residual, total = residual - step, total + step
+    assert torch.allclose(found.vectors.double(), total, atol=1e-4)
+    with pytest.raises(ValueError, match="expected projections"):
+        projected_residual_quantize(x[..., :-1], codebooks, maps)
 
 
 @pytest.mark.parametrize("spherical", [False, True])

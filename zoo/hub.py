@@ -25,10 +25,11 @@ from torch import Tensor
 from tokenzoo.card import Card
 from tokenzoo.registry import closest, tokenizer_class
 from tokenzoo.tokenizers.adapter import Adapter
+from tokenzoo.tokenizers.building import build
 from tokenzoo.tokenizers.download import DamagedError, fetch, forgetting_damaged
 from tokenzoo.tokenizers.errors import ConfigError, DownloadError, UnknownTokenizerError, WeightsError
 from tokenzoo.tokenizers.files import write_atomically
-from tokenzoo.tokenizers.pretrained import build, read_weights, write_weights
+from tokenzoo.tokenizers.pretrained import read_weights, write_weights
 
 if TYPE_CHECKING:
     from tokenzoo.tokenizers import Tokenizer

@@ -48,7 +48,7 @@ def load(
         DownloadError: If a file cannot be had.
         WeightsError: If weights are damaged, do not fit, or would execute code when read.
     """
-    from tokenzoo.tokenizers.pretrained import parse_device, parse_dtype, place
+    from tokenzoo.tokenizers.building import parse_device, parse_dtype, place
 
     where, precision = parse_device(device), parse_dtype(dtype)
     options = {

@@ -157,17 +157,30 @@ class PhotoStore:
         return pixels[top : top + size, left : left + size]
 
 
+def detail(crop: np.ndarray) -> float:
+    """Mean absolute difference between neighbouring pixels of a uint8 `(H, W, 3)` crop, in grey levels."""
+    grey = crop.astype(np.int16)
+    return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
+
+
 class CropSampler:
     """Random crops of some pictures of a store: a picture, then a level, then a place, each uniformly; then a flip.
 
     Args:
         store: The decoded photos.
         pictures: Indices into `store.names`.
-        size: Side of a crop in pixels; no level of the store may be smaller.
+        size: Side of a crop in pixels; smaller levels are left out.
         seed: With the step, the whole state of the sampler.
+        candidates: Crops drawn for each one returned, which is the one with the most `detail`: 1 takes photos as they
+            are, with their skies and blur; more makes a harder set.
+
+    Raises:
+        ValueError: If no picture has a level of `size` pixels.
     """
 
-    def __init__(self, store: PhotoStore, pictures: Sequence[int], *, size: int, seed: int) -> None:
+    def __init__(
+        self, store: PhotoStore, pictures: Sequence[int], *, size: int, seed: int, candidates: int = 1
+    ) -> None:
         by_picture: dict[int, list[Level]] = {picture: [] for picture in pictures}
         for level in store.levels:
             if level.picture in by_picture and min(level.height, level.width) >= size:
@@ -175,7 +188,7 @@ class CropSampler:
         self.levels = [levels for levels in by_picture.values() if levels]
         if not self.levels:
             raise ValueError(f"no photo of {len(pictures)} has a side of {size} pixels or more: check the data folder")
-        self.store, self.size, self.seed = store, size, seed
+        self.store, self.size, self.seed, self.candidates = store, size, seed, candidates
 
     def batch(self, step: int, batch_size: int) -> Tensor:
         """The crops of a step, float32 `(batch_size, 3, size, size)` in `[0, 1]`."""
@@ -184,7 +197,9 @@ class CropSampler:
     def crops(self, step: int, batch_size: int) -> np.ndarray:
         """The crops of a step, uint8 `(batch_size, size, size, 3)`."""
         random = np.random.default_rng((self.seed, step))
-        return np.stack([self._crop(random) for _ in range(batch_size)])
+        return np.stack(
+            [max((self._crop(random) for _ in range(self.candidates)), key=detail) for _ in range(batch_size)]
+        )
 
     def _crop(self, random: np.random.Generator) -> np.ndarray:
         levels = self.levels[random.integers(len(self.levels))]

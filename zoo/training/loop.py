@@ -1,0 +1,263 @@
+"""The training loop: any `Tokenizer` with an objective, under accelerate, with exact resume.
+
+Batches, random prefix lengths and every other draw are functions of (seed, step, process), so a run that is stopped and
+resumed takes the very steps of one that was not.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tokenzoo.tokenizers import Tokenizer
+from tokenzoo.tokenizers.errors import ConfigError
+from tokenzoo.training.checkpoint import AveragedWeights, Checkpoint
+from tokenzoo.training.data import CropSampler, PhotoStore, find_photos, split_pictures
+from tokenzoo.training.recipe import DataRecipe, Recipe
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+RESULT = "averaged"
+# Steps far from any that is trained on draw the crops for `initialise`.
+_INITIAL_STEP = 1 << 40
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Training crops, and the held-out ones as uint8 `(B, H, W, 3)`."""
+
+    training: CropSampler
+    held_out: np.ndarray
+
+
+def run_recipe(
+    recipe: str | Path, *, data: Path | None = None, out: Path | None = None, resume: bool = False
+) -> Path:
+    """Trains by a recipe file or the name of a bundled recipe; `data` and `out` override its folders.
+
+    Returns:
+        The folder that `tokenzoo.load` reads the averaged weights from.
+    """
+    plan = Recipe.read(recipe)
+    if data is not None:
+        plan = replace(plan, data=replace(plan.data, folder=str(data)))
+    if out is not None:
+        plan = replace(plan, output=str(out))
+    return train(plan, resume=resume)
+
+
+def train(recipe: Recipe, tokenizer: Tokenizer | None = None, *, resume: bool = False) -> Path:
+    """Trains `tokenizer`, by default the one that the recipe names, until `recipe.steps`, SIGINT or SIGTERM.
+
+    Returns:
+        The folder that `tokenzoo.load` reads the averaged weights from.
+
+    Raises:
+        ConfigError: If the recipe does not fit the data, or `resume` finds no checkpoint, or would overwrite one without it.
+    """
+    output = Path(recipe.output)
+    checkpoint = _find_checkpoint(output, resume)
+    crops = prepare_crops(recipe.data, output / "photos")
+    torch.manual_seed(recipe.seed)
+    if tokenizer is None:
+        tokenizer = _tokenizer(recipe)
+    if checkpoint is None:
+        _initialise(tokenizer, crops.training, recipe)
+    run = _Run(recipe, tokenizer, crops, checkpoint)
+    with _stop_on_signal() as stopping:
+        while run.step < recipe.steps and not stopping:
+            run.advance()
+    run.save()
+    return run.export()
+
+
+def prepare_crops(data: DataRecipe, cache: Path) -> Crops:
+    """Decodes the photos into `cache` (once) and splits them by picture."""
+    if not data.folder:
+        raise ConfigError("expected a folder of photos: pass --data, or set data.folder in the recipe")
+    root = Path(data.folder)
+    names = find_photos(root, data.include, data.exclude)
+    if not names:
+        raise ConfigError(f"found no photos of {list(data.include)} in {root}: unpack them there, or change data.include")
+    store = PhotoStore.build(root, names, cache, smallest=data.smallest, largest=data.largest)
+    training, held_out = split_pictures(store, data.held_out)
+    options: dict[str, Any] = {"size": data.crop_size, "candidates": data.candidates}
+    held = CropSampler(store, held_out or training, seed=data.eval_seed, **options)
+    return Crops(CropSampler(store, training, seed=data.seed, **options), held.crops(0, data.eval_crops))
+
+
+class _Run:
+    """A run in progress: model, optimizer, average and log."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, crops: Crops, checkpoint: Checkpoint | None) -> None:
+        self.recipe, self.crops, self.output = recipe, crops, Path(recipe.output)
+        self.accelerator = Accelerator(mixed_precision=recipe.precision, step_scheduler_with_optimizer=False)
+        for name, parameter in tokenizer.named_parameters():
+            parameter.requires_grad_(not any(fnmatch(name, glob) for glob in recipe.freeze))
+        if checkpoint is not None:
+            tokenizer.load_state_dict(checkpoint.model)
+        tokenizer.to(self.accelerator.device)
+        self.tokenizer, self.step = tokenizer, checkpoint.step if checkpoint else 0
+        self.average = AveragedWeights(tokenizer, recipe.ema_decay)
+        self.model, self.optimizer = self.accelerator.prepare(tokenizer, _optimizer(tokenizer, recipe))
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(checkpoint.optimizer)
+            for name, value in checkpoint.averaged.items():
+                self.average.values[name].copy_(value)
+        self.started, self.logged = time.monotonic(), self.step
+        self.sums: dict[str, float] = {}
+
+    def advance(self) -> None:
+        """One optimizer step, and whatever is due after it."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        seed = int(np.random.SeedSequence((self.recipe.seed, self.step, process)).generate_state(1)[0])
+        torch.manual_seed(seed)
+        batch = self.crops.training.batch(self.step * processes + process, self.recipe.batch_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.step)
+        self.model.train()
+        progress = self.step / max(1, self.recipe.steps)
+        generator = torch.Generator().manual_seed(seed)
+        result = self.model(batch.to(self.accelerator.device), progress=progress, generator=generator)
+        self.accelerator.backward(result.loss)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update(self.tokenizer, self.step)
+        self.step += 1
+        self._collect({"loss": result.loss.detach(), "gradient_norm": norm, **result.losses, **result.metrics})
+        self._finish_step()
+
+    def _collect(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(torch.as_tensor(value).detach())
+
+    def _finish_step(self) -> None:
+        recipe = self.recipe
+        if self.step % recipe.log_every == 0:
+            steps, seconds = self.step - self.logged, time.monotonic() - self.started
+            speed = steps * recipe.batch_size * self.accelerator.num_processes / seconds
+            self.log({"step": self.step, "items_per_second": speed, **{k: v / steps for k, v in self.sums.items()}})
+            self.started, self.logged, self.sums = time.monotonic(), self.step, {}
+        if self.step % recipe.eval_every == 0:
+            self.log({"step": self.step, **self.evaluate()})
+        if self.step % recipe.save_every == 0:
+            self.save()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean PSNR of held-out crops by the averaged weights, at each token count of the recipe."""
+        current = {name: tensor.clone() for name, tensor in self.tokenizer.state_dict().items()}
+        self.tokenizer.load_state_dict(self.average.state_dict(self.tokenizer))
+        self.tokenizer.eval()
+        crops = torch.from_numpy(self.crops.held_out[: self.recipe.eval_items]).permute(0, 3, 1, 2).float() / 255
+        tokens = self.tokenizer.encode(list(crops))
+        measured = {}
+        for length in self.recipe.eval_lengths or (None,):
+            part = tokens if length is None else tokens.truncate(length)
+            images = torch.stack(self.tokenizer.decode(part, native=True))
+            psnr = self.tokenizer.qualities["psnr"].measure(images, crops).mean()
+            measured["held_out_psnr" if length is None else f"held_out_psnr_{length}"] = float(psnr)
+        self.tokenizer.load_state_dict(current)
+        return measured
+
+    def log(self, values: dict[str, float]) -> None:
+        """Appends one line to the log."""
+        if self.accelerator.is_main_process:
+            with open(self.output / LOG, "a") as file:
+                file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+
+    def save(self) -> None:
+        """Replaces the checkpoint."""
+        if self.accelerator.is_main_process:
+            state = self.tokenizer.state_dict()
+            optimizer = self.optimizer.optimizer.state_dict()
+            Checkpoint(self.step, state, optimizer, self.average.values).save(self.output / CHECKPOINT)
+
+    def export(self) -> Path:
+        """Writes the averaged weights as a folder for `tokenzoo.load`."""
+        folder = self.output / RESULT
+        if self.accelerator.is_main_process:
+            self.tokenizer.load_state_dict(self.average.state_dict(self.tokenizer))
+            self.tokenizer.eval().save_pretrained(folder)
+        return folder
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, constant, linear decay over the last `decay_steps`."""
+    warmup = (step + 1) / max(1, recipe.warmup_steps)
+    decay = (recipe.steps - step) / max(1, recipe.decay_steps)
+    return recipe.learning_rate * min(1.0, warmup, decay if recipe.decay_steps else 1.0)
+
+
+def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=recipe.betas)
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer:
+    from tokenzoo import registry
+    from tokenzoo.loading import load
+
+    if recipe.start:
+        return load(recipe.start)
+    cls = registry.tokenizer_class(recipe.architecture)
+    return cls(cls.config_class.from_dict(recipe.config))  # type: ignore[call-arg]
+
+
+def _initialise(tokenizer: Tokenizer, sampler: CropSampler, recipe: Recipe) -> None:
+    """Lets a tokenizer that is trained from scratch estimate what it can from data."""
+    initialise = getattr(tokenizer, "initialise", None)
+    if initialise is None or not recipe.architecture:
+        return
+    parts: list[Tensor] = []
+    for index in range(0, recipe.initialise_crops, 1000):
+        crops = sampler.crops(_INITIAL_STEP + index, min(1000, recipe.initialise_crops - index))
+        parts.append(torch.from_numpy(crops).permute(0, 3, 1, 2))
+    initialise(torch.cat(parts), torch.Generator().manual_seed(recipe.seed))
+
+
+def _find_checkpoint(output: Path, resume: bool) -> Checkpoint | None:
+    path = output / CHECKPOINT
+    if resume != path.exists():
+        advice = "start without --resume" if resume else "pass --resume to go on, or choose another folder with --out"
+        raise ConfigError(f"{path} {'does not exist' if resume else 'exists'}: {advice}")
+    output.mkdir(parents=True, exist_ok=True)
+    return Checkpoint.load(path) if resume else None
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """A list that receives SIGINT and SIGTERM instead of the process."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        received.append(number)
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:
+        pass  # only the main thread may set handlers; elsewhere the run goes to its end
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

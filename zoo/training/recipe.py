@@ -1,0 +1,157 @@
+"""Recipes: a training run as a typed dataclass, read from TOML."""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tokenzoo.tokenizers.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """Crops of a folder of photos.
+
+    Attributes:
+        folder: Folder of photos; empty in recipes that are shared, and then given on the command line.
+        include: Globs over paths relative to the folder; `*` also matches `/`.
+        exclude: Globs of what to leave out.
+        held_out: Share of the pictures that is never trained on.
+        crop_size: Side of a crop, in pixels.
+        smallest: Shortest side of the smallest pyramid level, in pixels.
+        largest: Shortest side of the largest pyramid level, in pixels.
+        candidates: Crops drawn for each one kept, the most detailed.
+        seed: Of the crops.
+        eval_crops: Held-out crops to evaluate on.
+        eval_seed: Of the held-out crops.
+    """
+
+    folder: str = ""
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    held_out: float = 0.1
+    crop_size: int = 64
+    smallest: int = 64
+    largest: int = 256
+    candidates: int = 1
+    seed: int = 0
+    eval_crops: int = 1024
+    eval_seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run.
+
+    Attributes:
+        architecture: Key of the registry; empty when fine-tuning.
+        config: Values of the architecture's config.
+        start: Card name, Hub repository or folder to fine-tune from, as in `tokenzoo.load`.
+        data: What to train on.
+        output: Folder for checkpoints, logs and the result.
+        steps: Optimizer steps.
+        batch_size: Items per step and process.
+        learning_rate: After warm-up.
+        warmup_steps: Of linear warm-up.
+        decay_steps: Of linear decay to zero at the end.
+        weight_decay: Of AdamW, on matrices only.
+        betas: Of AdamW.
+        clip_norm: Largest norm of the gradient.
+        ema_decay: Of the averaged weights, which are evaluated and exported.
+        freeze: Globs of parameters that are not trained.
+        precision: `no`, `bf16` or `fp16`, as accelerate names it.
+        seed: Of everything random.
+        initialise_crops: Crops handed to the tokenizer's `initialise`, if it has one.
+        log_every: Steps between lines of the log.
+        save_every: Steps between checkpoints.
+        eval_every: Steps between evaluations.
+        eval_items: Held-out items in those evaluations.
+        eval_lengths: Token counts in those evaluations; empty for full length.
+    """
+
+    architecture: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    start: str = ""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    output: str = "runs/latest"
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    decay_steps: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    freeze: tuple[str, ...] = ()
+    precision: str = "no"
+    seed: int = 0
+    initialise_crops: int = 60_000
+    log_every: int = 50
+    save_every: int = 500
+    eval_every: int = 1000
+    eval_items: int = 128
+    eval_lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.architecture) == bool(self.start):
+            raise ConfigError("expected either architecture (train from scratch) or start (fine-tune) in the recipe")
+
+    @classmethod
+    def read(cls, recipe: str | Path) -> "Recipe":
+        """Reads a TOML file, or the recipe of ours that has this name.
+
+        Raises:
+            ConfigError: If there is no such recipe, it is not TOML, or a key is unknown or has the wrong type.
+        """
+        path = Path(recipe)
+        bundled = files("tokenzoo.training") / "recipes" / f"{recipe}.toml"
+        if path.suffix != ".toml" and bundled.is_file():
+            text = bundled.read_text()
+        elif path.is_file():
+            text = path.read_text()
+        else:
+            raise ConfigError(f"expected a TOML file or the name of a bundled recipe, found nothing at {recipe}")
+        try:
+            return cls.from_dict(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{recipe} is not TOML: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Builds the recipe from TOML or JSON values. Raises `ConfigError`."""
+        data = _build(DataRecipe, values.get("data", {}))
+        return _build(cls, {**values, "data": data})
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form with every field."""
+        return dataclasses.asdict(self)
+
+
+def _build(cls: type, values: Mapping[str, Any]) -> Any:
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    built = {}
+    for key, value in values.items():
+        if key not in defaults:
+            close = difflib.get_close_matches(key, defaults, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(sorted(defaults))}"
+            raise ConfigError(f"recipe: unknown key {key!r}: {hint}")
+        built[key] = _converted(key, value, defaults[key])
+    return cls(**built)
+
+
+def _converted(key: str, value: Any, default: Any) -> Any:
+    """`value` in the type of the field's default: lists become tuples, whole numbers floats."""
+    if isinstance(default, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"recipe: expected {key} to be a list, got {value!r}")
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int):
+        return float(value)
+    if isinstance(default, (str, int, float)) and type(value) is not type(default):
+        raise ConfigError(f"recipe: expected {key} to be a {type(default).__name__}, got {value!r}")
+    return value

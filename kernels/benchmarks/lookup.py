@@ -98,7 +98,7 @@ def _repeats(run: Contender, at_least: float = 0.02) -> int:
 
 def fma_peak() -> float | None:
     """Multiply-add rate of one core in GFLOP/s, or `None` without a compiler."""
-    compiler = _native._compiler()
+    compiler = _native.compiler()
     if compiler is None:
         return None
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """Compiling and loading the CPU kernels.
 
-The wheel carries C++ sources and needs no compiler. On first use they are compiled once into the user's cache, keyed on
-the sources, the compiler and the flags; where there is no compiler, or `TOKENZOO_NATIVE=0`, the PyTorch fallback answers.
+The wheel carries C++ sources and needs no compiler. Where torch and a compiler are there when it is built, the library is
+compiled then and lies beside this file; otherwise it is compiled on first use into the user's cache, keyed on the sources,
+the compiler and the flags. Where there is no compiler, or `TOKENZOO_NATIVE=0`, the PyTorch fallback answers.
 The library is written against LibTorch's stable ABI, so torch may be upgraded without a rebuild.
 """
 
@@ -29,6 +30,8 @@ _UNITS: dict[str, list[str]] = {"ops.cpp": [], "search_portable.cpp": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     _UNITS |= {"search_avx2.cpp": ["-mavx2", "-mfma"], "search_avx512.cpp": _AVX512}
 _COMPILE_SECONDS = 120
+LIBRARY_NAME = "tokenzoo_native.so"
+_PREBUILT = Path(__file__).with_name(LIBRARY_NAME)
 _status = "not loaded yet"
 
 
@@ -44,16 +47,16 @@ def library() -> Any | None:
     global _status
     if os.environ.get("TOKENZOO_NATIVE", "1") == "0":
         return _settle("PyTorch fallback: native kernels are turned off by TOKENZOO_NATIVE=0", logging.INFO)
-    compiler = _compiler()
-    if compiler is None:
-        return _settle("PyTorch fallback: no C++ compiler was found (set CXX, or install g++ or clang++)", logging.WARNING)
     try:
-        torch.ops.load_library(str(_build(compiler)))
-        lanes = torch.ops.tokenzoo_native.instruction_set()
+        path = _PREBUILT if _PREBUILT.exists() else _build()
+        if path is None:
+            return _settle("PyTorch fallback: no C++ compiler was found (set CXX, or install g++ or clang++)", logging.WARNING)
+        torch.ops.load_library(str(path))
+        bits = torch.ops.tokenzoo_native.instruction_set()
     except (OSError, RuntimeError, Timeout, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        return _settle(f"PyTorch fallback: compiling with {compiler} failed: {reason.strip()[:500]}", logging.WARNING)
-    _status = f"native C++ kernels ({lanes}-bit vectors)"
+        return _settle(f"PyTorch fallback: compiling the kernels failed: {reason.strip()[:500]}", logging.WARNING)
+    _status = f"native C++ kernels ({bits}-bit vectors)"
     log.info(_status)
     return torch.ops.tokenzoo_native
 
@@ -64,25 +67,30 @@ def _settle(reason: str, level: int) -> None:
     log.log(level, reason)
 
 
-def _compiler() -> str | None:
+def compiler() -> str | None:
+    """Path of the C++ compiler: the one that `CXX` names, or the first that is found."""
     wanted = os.environ.get("CXX")
     candidates = [wanted] if wanted else ["c++", "g++", "clang++"]
     return next((found for name in candidates if (found := shutil.which(name))), None)
 
 
-def _build(compiler: str) -> Path:
-    """Path of the compiled library; compiled under a lock and renamed into place, so that any number of processes may ask."""
+def _build() -> Path | None:
+    """Path of the library in the cache, compiled if need be; `None` without a compiler.
+
+    It is compiled under a lock and renamed into place, so that any number of processes may ask.
+    """
+    command = compiler()
+    if command is None:
+        return None
     with resources.as_file(resources.files("tokenzoo.kernels.csrc")) as sources:
-        folder = _cache_folder() / _fingerprint(compiler, sources)
-        built = folder / "tokenzoo_native.so"
-        if built.exists():
-            return built
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock", timeout=_COMPILE_SECONDS):
-            if not built.exists():
-                log.info("compiling the CPU kernels (once, a few seconds)")
-                _compile(compiler, sources, built)
-    return built
+        built = _cache_folder() / _fingerprint(command, sources) / LIBRARY_NAME
+        if not built.exists():
+            built.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(built.with_name("lock"), timeout=_COMPILE_SECONDS):
+                if not built.exists():
+                    log.info("compiling the CPU kernels (once, a few seconds)")
+                    compile_library(command, sources, built)
+        return built
 
 
 def _cache_folder() -> Path:
@@ -91,29 +99,34 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenzoo" / "kernels"
 
 
-def _fingerprint(compiler: str, sources: Path) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+def _fingerprint(command: str, sources: Path) -> str:
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
     digest = hashlib.sha256(f"{version} {_FLAGS} {_UNITS}".encode())
     for path in sorted([*sources.glob("*.cpp"), *sources.glob("*.h")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: str, sources: Path, built: Path) -> None:
+def compile_library(command: str, sources: Path, built: Path) -> None:
+    """Compiles the sources in a folder and puts the library in place once it is whole.
+
+    Raises:
+        subprocess.SubprocessError: If the compiler fails; its `stderr` says why.
+    """
     torch_folder = Path(torch.__file__).parent
     include = [f"-I{torch_folder / 'include'}", f"-I{sources}"]
     with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
 
         def compile_unit(unit: str) -> str:
             target = str(Path(scratch) / f"{unit}.o")
-            _run([compiler, *_FLAGS, *_UNITS[unit], *include, "-c", str(sources / unit), "-o", target])
+            _run([command, *_FLAGS, *_UNITS[unit], *include, "-c", str(sources / unit), "-o", target])
             return target
 
         with ThreadPoolExecutor() as pool:
             objects = list(pool.map(compile_unit, _UNITS))
         finished = Path(scratch) / built.name
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _run([compiler, "-shared", *objects, *libraries, "-o", str(finished)])
+        _run([command, "-shared", *objects, *libraries, "-o", str(finished)])
         finished.replace(built)
 
 

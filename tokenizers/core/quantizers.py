@@ -1,5 +1,6 @@
 """Quantizer modules: what turns vectors into ids, with the gradients and losses that training needs."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -30,6 +31,14 @@ class VectorQuantizer(nn.Module):
         self.commitment = commitment
         self.codebook = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
         self._cache = PackCache()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves with the module it is in, but stays in float32 when that is cast: a rounded codebook has other ids."""
+        exact = self.codebook.detach()
+        super()._apply(fn, recurse)
+        if self.codebook.dtype != torch.float32:
+            self.codebook.data = exact.to(self.codebook.device)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; the packed codebook is kept in eval mode only."""

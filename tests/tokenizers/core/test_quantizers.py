@@ -47,3 +47,14 @@ def test_eval_follows_changes_and_copies():
     quantizer.load_state_dict(twin.state_dict())
     assert torch.equal(quantizer.ids(x), twin.ids(x))
     assert list(quantizer.state_dict()) == ["codebook"]
+
+
+def test_the_codebook_stays_in_float32_when_the_module_is_cast():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), VectorQuantizer(64, 8))
+    before = model[1].codebook.detach().clone()
+    model.to(torch.bfloat16)
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model[1].codebook.dtype == torch.float32
+    assert torch.equal(model[1].codebook, before)
+    assert isinstance(model[1].codebook, torch.nn.Parameter)
+    assert model[1](torch.randn(3, 8).bfloat16()).vectors.dtype == torch.float32

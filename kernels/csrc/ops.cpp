@@ -352,18 +352,10 @@ std::tuple<Tensor, Tensor> lfq(const Tensor& x, double scale) {
   Tensor ids = make(x, {count}, ScalarType::Long), codes = make(x, {count, width}, ScalarType::Float);
   int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
   float* code = static_cast<float*>(codes.mutable_data_ptr());
-  const float* rows = floats(x);
-  const float high = static_cast<float>(scale);
   parallel((count + SCALAR_ROWS - 1) / SCALAR_ROWS, [&](int64_t block) {
-    for (int64_t n = block * SCALAR_ROWS; n < std::min(count, (block + 1) * SCALAR_ROWS); ++n) {
-      int64_t bits = 0;
-      for (int64_t d = 0; d < width; ++d) {
-        const bool positive = rows[n * width + d] > 0;
-        bits = bits << 1 | positive;
-        code[n * width + d] = positive ? high : -high;
-      }
-      id[n] = bits;
-    }
+    const int64_t first = block * SCALAR_ROWS;
+    search().lfq(floats(x) + first * width, std::min(SCALAR_ROWS, count - first), width, static_cast<float>(scale),
+                 code + first * width, id + first);
   });
   return {codes, ids};
 }

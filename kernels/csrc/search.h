@@ -227,8 +227,34 @@ void fsq(const float* x, int64_t count, int64_t dim, int64_t num_thresholds, con
   }
 }
 
+// Bit i of the word is value i of the row; ids have the first dimension highest, so the word is reversed.
+inline uint64_t reversed(uint64_t word, int64_t bits) {
+  word = __builtin_bswap64(word);
+  word = (word >> 4 & 0x0f0f0f0f0f0f0f0f) | (word & 0x0f0f0f0f0f0f0f0f) << 4;
+  word = (word >> 2 & 0x3333333333333333) | (word & 0x3333333333333333) << 2;
+  word = (word >> 1 & 0x5555555555555555) | (word & 0x5555555555555555) << 1;
+  return word >> (64 - bits);
+}
+
+void lfq(const float* x, int64_t count, int64_t dim, float high, float* codes, int64_t* ids) {
+  const Vec zero = splat(0.f);
+  const int64_t total = count * dim, padded_dim = (dim + LANES - 1) / LANES * LANES;
+  int64_t i = 0;
+  for (; i + LANES <= total; i += LANES) store(codes + i, load(x + i) > zero ? splat(high) : splat(-high));
+  for (; i < total; ++i) codes[i] = x[i] > 0 ? high : -high;
+  float tail[64 + LANES] = {};
+  for (int64_t n = 0; n < count; ++n) {
+    const float* row = x + n * dim;
+    // A vector may read on into the next row, whose bits are shifted out, but not past the end of all rows.
+    if (n * dim + padded_dim > total) row = std::copy_n(row, dim, tail) - dim;
+    uint64_t word = 0;
+    for (int64_t d = 0; d < dim; d += LANES) word |= static_cast<uint64_t>(lanes_above(load(row + d), zero)) << d;
+    ids[n] = static_cast<int64_t>(reversed(word, dim));
+  }
+}
+
 const SearchTable* table() {
-  static const SearchTable functions{NAME, ROWS, scan, resolve, scan_few, fsq};
+  static const SearchTable functions{NAME, ROWS, scan, resolve, scan_few, fsq, lfq};
   return &functions;
 }
 

@@ -12,5 +12,6 @@
 
 static inline __m256 vmax(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 static inline uint32_t lanes_equal(__m256 a, __m256 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+static inline uint32_t lanes_above(__m256 a, __m256 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 
 #include "search.h"

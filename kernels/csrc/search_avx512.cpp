@@ -12,5 +12,6 @@
 
 static inline __m512 vmax(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 static inline uint32_t lanes_equal(__m512 a, __m512 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+static inline uint32_t lanes_above(__m512 a, __m512 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 
 #include "search.h"

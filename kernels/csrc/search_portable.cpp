@@ -15,5 +15,10 @@ static inline uint32_t lanes_equal(Vec4 a, Vec4 b) {
   for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(a[i] == b[i]) << i;
   return bits;
 }
+static inline uint32_t lanes_above(Vec4 a, Vec4 b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(a[i] > b[i]) << i;
+  return bits;
+}
 
 #include "search.h"

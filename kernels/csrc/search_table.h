@@ -23,6 +23,8 @@ struct SearchTable {
   // Levels of finite scalar quantization: how many of its dimension's thresholds each value exceeds, and what that means.
   void (*fsq)(const float* x, int64_t count, int64_t dim, int64_t num_thresholds, const float* thresholds, const float* scale,
               const float* shift, const int32_t* basis, float* codes, int64_t* ids);
+  // Signs of lookup-free quantization, times `high`, and the signs as bits.
+  void (*lfq)(const float* x, int64_t count, int64_t dim, float high, float* codes, int64_t* ids);
 };
 
 // Padded width: small widths are rounded up, so that their loops have a length known to the compiler.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenzoo.kernels import _native
-from tokenzoo.kernels.nearest import as_rows
+from tokenzoo.kernels.nearest import as_rows, needs_op
 
 _SLACK = 1e-3
 
@@ -48,8 +48,8 @@ def fsq_quantize(z: Tensor, levels: Sequence[int]) -> ScalarQuantized:
     levels = _check(levels)
     if z.dim() < 1 or z.shape[-1] != len(levels):
         raise ValueError(f"expected z (..., {len(levels)}), one value for each of {levels = }, got {z.shape = }")
-    codes, ids = torch.ops.tokenzoo.fsq_quantize(z, list(levels))
-    return ScalarQuantized(codes, ids)
+    op = torch.ops.tokenzoo.fsq_quantize if needs_op(z) else _quantize
+    return ScalarQuantized(*op(z, list(levels)))
 
 
 def fsq_codes(ids: Tensor, levels: Sequence[int]) -> Tensor:
@@ -111,8 +111,7 @@ def _from_ordered(order: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-@torch.library.custom_op("tokenzoo::fsq_quantize", mutates_args=())
-def _fsq_op(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
+def _quantize(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
     rows, steps = as_rows(z), _steps(tuple(levels), z.device)
     native = _native.library() if rows.device.type == "cpu" else None
     if native is None:
@@ -121,6 +120,11 @@ def _fsq_op(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
     else:
         codes, ids = native.fsq(rows, *steps)
     return codes.reshape(z.shape), ids.reshape(z.shape[:-1])
+
+
+@torch.library.custom_op("tokenzoo::fsq_quantize", mutates_args=())
+def _fsq_op(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
+    return _quantize(z, levels)
 
 
 @_fsq_op.register_fake

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenzoo.kernels import _native
 from tokenzoo.kernels.fsq import ScalarQuantized
-from tokenzoo.kernels.nearest import as_rows
+from tokenzoo.kernels.nearest import as_rows, needs_op
 
 MAX_BITS = 62
 
@@ -30,7 +30,8 @@ def lfq_quantize(x: Tensor, *, scale: float = 1.0) -> ScalarQuantized:
         ValueError: If D is out of range.
     """
     _check(x.shape[-1] if x.dim() else 0)
-    return ScalarQuantized(*torch.ops.tokenzoo.lfq_quantize(x, scale))
+    op = torch.ops.tokenzoo.lfq_quantize if needs_op(x) else _quantize
+    return ScalarQuantized(*op(x, scale))
 
 
 def lfq_codes(ids: Tensor, dim: int, *, scale: float = 1.0) -> Tensor:
@@ -45,8 +46,7 @@ def _check(dim: int) -> None:
         raise ValueError(f"expected vectors of 1 to {MAX_BITS} dimensions, got {dim}")
 
 
-@torch.library.custom_op("tokenzoo::lfq_quantize", mutates_args=())
-def _lfq_op(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rows = as_rows(x)
     native = _native.library() if rows.device.type == "cpu" else None
     if native is None:
@@ -56,6 +56,11 @@ def _lfq_op(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     else:
         codes, ids = native.lfq(rows, scale)
     return codes.reshape(x.shape), ids.reshape(x.shape[:-1])
+
+
+@torch.library.custom_op("tokenzoo::lfq_quantize", mutates_args=())
+def _lfq_op(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _quantize(x, scale)
 
 
 @_lfq_op.register_fake

@@ -68,6 +68,11 @@ def check(x: Tensor, codebook: Tensor, metric: str) -> None:
         raise ValueError(f"expected metric 'l2' or 'cosine', got {metric!r}")
 
 
+def needs_op(*tensors: Tensor) -> bool:
+    """Whether a call must go through the registered operator: for gradients, or into a traced graph; it costs 30 us."""
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
 def as_rows(x: Tensor) -> Tensor:
     """Vectors `(..., D)` as contiguous float32 `(N, D)`."""
     return x.detach().reshape(-1, x.shape[-1]).float().contiguous()

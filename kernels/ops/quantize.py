@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenzoo.kernels import _native, _reference
-from tokenzoo.kernels.nearest import PackCache, as_entries, as_rows, check, search
+from tokenzoo.kernels.nearest import PackCache, as_entries, as_rows, check, needs_op, search
 
 
 class Quantized(NamedTuple):
@@ -39,7 +39,7 @@ def quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCach
     if metric == "cosine":
         x, codebook = F.normalize(x.float(), dim=-1), F.normalize(codebook.float(), dim=-1)
         cache = None
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad)):
+    if needs_op(x, codebook):
         vectors, loss, ids = torch.ops.tokenzoo.quantize(x, codebook)
         return Quantized(ids, vectors, loss)
     ids, vectors, loss = _quantize_rows(as_rows(x), codebook, cache)

@@ -10,6 +10,7 @@ vector-quantize-pytorch, whose forward is timed. The operation's tests run first
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -108,6 +109,15 @@ def fma_peak() -> float | None:
         return float(subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()[0])
 
 
+def _cpu() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def bench(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
     """One row per shape: our time, our share of the peak, and how many times longer each peer takes."""
     peak, rows = fma_peak(), []
@@ -147,7 +157,7 @@ def main() -> None:
     rows = bench(SHAPES, options.rounds)
     print(markdown(rows))
     if options.out:
-        machine = {"kernels": _native.status(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+        machine = {"cpu": _cpu(), "kernels": _native.status(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
         options.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 

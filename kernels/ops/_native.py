@@ -44,20 +44,21 @@ def status() -> str:
 @functools.cache
 def library() -> Any | None:
     """The native operators (`torch.ops.tokenzoo_native`), compiled if need be; `None` where they cannot be had."""
-    global _status
     if os.environ.get("TOKENZOO_NATIVE", "1") == "0":
-        return _settle("PyTorch fallback: native kernels are turned off by TOKENZOO_NATIVE=0", logging.INFO)
+        _settle("PyTorch fallback: native kernels are turned off by TOKENZOO_NATIVE=0", logging.INFO)
+        return None
     try:
         path = _PREBUILT if _PREBUILT.exists() else _build()
         if path is None:
-            return _settle("PyTorch fallback: no C++ compiler was found (set CXX, or install g++ or clang++)", logging.WARNING)
+            _settle("PyTorch fallback: no C++ compiler was found (set CXX, or install g++ or clang++)", logging.WARNING)
+            return None
         torch.ops.load_library(str(path))
         bits = torch.ops.tokenzoo_native.instruction_set()
     except (OSError, RuntimeError, Timeout, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        return _settle(f"PyTorch fallback: compiling the kernels failed: {reason.strip()[:500]}", logging.WARNING)
-    _status = f"native C++ kernels ({bits}-bit vectors)"
-    log.info(_status)
+        _settle(f"PyTorch fallback: compiling the kernels failed: {reason.strip()[:500]}", logging.WARNING)
+        return None
+    _settle(f"native C++ kernels ({bits}-bit vectors)", logging.INFO)
     return torch.ops.tokenzoo_native
 
 

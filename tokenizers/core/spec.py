@@ -94,7 +94,8 @@ class TokenSpec:
         Raises:
             TokensError: If a field is missing, unknown, or of the wrong kind.
         """
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         try:
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+            return cls(**fields)
         except TypeError as error:
             raise TokensError(f"expected the fields of a TokenSpec, got {sorted(values)}: {error}") from None

@@ -127,8 +127,6 @@ def _fit_codebook(
 
 def _fit_tokens(code: "SpectralCode", residual: Tensor, chosen: Tensor, energy_PK: Tensor) -> None:
     """Fits coefficients, scales and gain prediction of every token after the first."""
-    from tokenzoo.tokenizers.image.one_d_piece_nano import log_energy
-
     (classes, tokens, dim), count = code.scales.shape, torch.bincount(chosen, minlength=len(code.class_costs))[:, None]
     energies = torch.zeros(len(residual), tokens)
     for t in range(1, tokens):
@@ -144,7 +142,7 @@ def _fit_tokens(code: "SpectralCode", residual: Tensor, chosen: Tensor, energy_P
         left = vectors - shrink * entries
         code.columns[:, t], code.scales[:, t] = top.to(torch.int16), shrink * scales
         residual.scatter_add_(1, columns, (left - vectors) * code.gain(energies, t)[:, None] * scales[chosen])
-        energies[:, t] = log_energy(entries)
+        energies[:, t] = code.log_energy(entries)
         ratio = left.square().sum() / vectors.square().sum()
         sums = torch.zeros(classes, dim).index_add(0, chosen, residual.gather(1, columns).square())
         rest = (sums + _PRIOR_CROPS * ratio * scales.square()) / (count + _PRIOR_CROPS)

@@ -116,14 +116,14 @@ class SpectralCode(nn.Module):
             ids.append(nearest(residual.gather(1, columns) / scales, self.codebook))
             entries = self.codebook[ids[-1]].float()
             residual = residual.scatter_add(1, columns, -entries * scales)
-            energies[:, t] = log_energy(entries)
+            energies[:, t] = self.log_energy(entries)
         return torch.stack(ids, 1)
 
     def decode(self, ids_BN: Tensor, lengths: Tensor) -> Tensor:
         """Coefficients `[B, K]` of the first `lengths` `[B]` ids; differentiable with respect to the tables."""
         chosen, variant = ids_BN[:, 0] // self.variants, ids_BN[:, 0] % self.variants
         entries_BND = self.codebook[ids_BN[:, 1:]].float()
-        energies = F.pad(log_energy(entries_BND), (1, len(self.energy_bias) - ids_BN.shape[1]))
+        energies = F.pad(self.log_energy(entries_BND), (1, len(self.energy_bias) - ids_BN.shape[1]))
         gains = (energies @ self.energy_weights.float().tril(-1).T + self.energy_bias.float()).exp()
         gains = gains[:, 1 : ids_BN.shape[1], None]
         kept = torch.arange(1, ids_BN.shape[1], device=ids_BN.device) < lengths[:, None]
@@ -139,6 +139,11 @@ class SpectralCode(nn.Module):
     def gain(self, energies: Tensor, t: int) -> Tensor:
         """Factor `[B]` on the scales of token `t`, from the log energies `[B, N]` of the tokens before it."""
         return ((energies[:, :t] * self.energy_weights[t, :t].float()).sum(1) + self.energy_bias[t].float()).exp()
+
+    @staticmethod
+    def log_energy(entries: Tensor) -> Tensor:
+        """Half the log of the mean square of code vectors `(..., D)`: how far from the typical energy they are."""
+        return 0.5 * torch.log(entries.square().mean(-1) + _ENERGY_FLOOR)
 
 
 class OneDPieceNano(Tokenizer):
@@ -256,11 +261,6 @@ def spectrum_layout(config: OneDPieceNanoConfig) -> tuple[Tensor, Tensor]:
     direction = (torch.atan2(u, v) / (math.pi / 2) * 2.999).long()
     labels = torch.stack([10 * octave + direction, 1000 + 10 * octave, 2000 + 10 * octave]).flatten()[kept]
     return kept, labels.unique(return_inverse=True)[1]
-
-
-def log_energy(entries: Tensor) -> Tensor:
-    """Half the log of the mean square of code vectors `(..., D)`: how far above or below the typical energy they are."""
-    return 0.5 * torch.log(entries.square().mean(-1) + _ENERGY_FLOOR)
 
 
 def length_features(lengths: Tensor, longest: int) -> Tensor:

@@ -11,7 +11,6 @@ Shapes: B batch, H W height and width.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from tokenzoo.tokenizers.files import write_atomically
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 STORE_VERSION = 1
@@ -84,7 +85,7 @@ def is_held_out(name: str, fraction: float) -> bool:
 def level_sides(shortest: int, smallest: int, largest: int) -> list[int]:
     """Shortest sides of the pyramid levels: `smallest` times powers of sqrt(2), never larger than the photo."""
     top = min(shortest, largest)
-    sides = []
+    sides: list[int] = []
     while (side := round(smallest * 2 ** (len(sides) / 2))) <= top:
         sides.append(side)
     return sides
@@ -135,7 +136,7 @@ class PhotoStore:
         kept: list[str] = []
         levels: list[tuple[int, int, int, int]] = []
         fingerprints: list[int] = []
-        with open(folder / "pixels.u8", "wb") as file:
+        with (folder / "pixels.u8").open("wb") as file:
             for name in names:
                 image = open_photo(root / name, largest)
                 fingerprints.append(fingerprint(image))
@@ -145,9 +146,7 @@ class PhotoStore:
                     levels.append((len(kept), file.tell(), level.shape[0], level.shape[1]))
                     file.write(level.tobytes())
                 kept.append(name)
-        scratch = folder / "index.json.part"
-        scratch.write_text(json.dumps({"key": key, "names": kept, "levels": levels}))
-        os.replace(scratch, folder / "index.json")
+        write_atomically(folder / "index.json", json.dumps({"key": key, "names": kept, "levels": levels}).encode())
         return cls(folder)
 
     def window(self, level: Level, top: int, left: int, size: int) -> np.ndarray:
@@ -178,9 +177,7 @@ class CropSampler:
         ValueError: If no picture has a level of `size` pixels.
     """
 
-    def __init__(
-        self, store: PhotoStore, pictures: Sequence[int], *, size: int, seed: int, candidates: int = 1
-    ) -> None:
+    def __init__(self, store: PhotoStore, pictures: Sequence[int], *, size: int, seed: int, candidates: int = 1) -> None:
         by_picture: dict[int, list[Level]] = {picture: [] for picture in pictures}
         for level in store.levels:
             if level.picture in by_picture and min(level.height, level.width) >= size:
@@ -197,9 +194,7 @@ class CropSampler:
     def crops(self, step: int, batch_size: int) -> np.ndarray:
         """The crops of a step, uint8 `(batch_size, size, size, 3)`."""
         random = np.random.default_rng((self.seed, step))
-        return np.stack(
-            [max((self._crop(random) for _ in range(self.candidates)), key=detail) for _ in range(batch_size)]
-        )
+        return np.stack([max((self._crop(random) for _ in range(self.candidates)), key=detail) for _ in range(batch_size)])
 
     def _crop(self, random: np.random.Generator) -> np.ndarray:
         levels = self.levels[random.integers(len(self.levels))]

@@ -41,9 +41,7 @@ class Crops:
     held_out: np.ndarray
 
 
-def run_recipe(
-    recipe: str | Path, *, data: Path | None = None, out: Path | None = None, resume: bool = False
-) -> Path:
+def run_recipe(recipe: str | Path, *, data: Path | None = None, out: Path | None = None, resume: bool = False) -> Path:
     """Trains by a recipe file or the name of a bundled recipe; `data` and `out` override its folders.
 
     Returns:
@@ -175,7 +173,7 @@ class _Run:
     def log(self, values: dict[str, float]) -> None:
         """Appends one line to the log."""
         if self.accelerator.is_main_process:
-            with open(self.output / LOG, "a") as file:
+            with (self.output / LOG).open("a") as file:
                 file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
 
     def save(self) -> None:

@@ -1,0 +1,111 @@
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenzoo import load
+from tokenzoo.tokenizers.errors import ConfigError
+from tokenzoo.training import Recipe, loop, train
+from tokenzoo.training.checkpoint import AveragedWeights, Checkpoint
+
+
+def checkpoint(recipe):
+    return Checkpoint.load(Path(recipe.output) / loop.CHECKPOINT)
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_stopped_and_resumed_equals_never_stopped(recipe, tmp_path):
+    train(recipe)
+    whole = checkpoint(recipe)
+    parts = replace(recipe, output=str(tmp_path / "parts"))
+    train(replace(parts, steps=3))
+    train(parts, resume=True)
+    resumed = checkpoint(parts)
+    assert resumed.step == whole.step == 6
+    assert equal(whole.model, resumed.model)
+    assert equal(whole.averaged, resumed.averaged)
+    moments = [[s["exp_avg_sq"] for s in c.optimizer["state"].values()] for c in (whole, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+
+
+def test_a_signal_saves_and_ends_the_run(recipe, monkeypatch):
+    advance = loop._Run.advance
+
+    def interrupted(run):
+        advance(run)
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Run, "advance", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    train(recipe)
+    assert checkpoint(recipe).step == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_result_loads_and_holds_the_average(recipe):
+    folder = train(replace(recipe, eval_every=3))
+    tokenizer = load(str(folder))
+    averaged = checkpoint(recipe).averaged
+    assert all(torch.equal(tokenizer.state_dict()[name], value) for name, value in averaged.items())
+    lines = [json.loads(line) for line in (Path(recipe.output) / loop.LOG).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
+    assert {"held_out_psnr_2", "held_out_psnr_6"} <= lines[1].keys()
+    assert {"loss", "psnr", "items_per_second"} <= lines[0].keys()
+
+
+def test_frozen_parameters_stay(recipe):
+    train(replace(recipe, steps=1, freeze=("code.*",)))
+    first = checkpoint(recipe).model
+    train(replace(recipe, freeze=("code.*",)), resume=True)
+    last = checkpoint(recipe).model
+    assert all(torch.equal(first[key], last[key]) for key in first if key.startswith("code."))
+    assert not torch.equal(first["refiner.head.weight"], last["refiner.head.weight"])
+
+
+def test_fine_tuning_starts_from_given_weights(recipe, tmp_path):
+    folder = train(recipe)
+    tuned = replace(recipe, architecture="", start=str(folder), steps=1, output=str(tmp_path / "tuned"))
+    train(replace(tuned, learning_rate=0.0))
+    assert equal(load(str(folder)).state_dict(), checkpoint(tuned).model)
+
+
+def test_the_error_falls(recipe):
+    train(replace(recipe, steps=60, learning_rate=3e-3, log_every=20, freeze=("code.*",)))
+    lines = [json.loads(line) for line in (Path(recipe.output) / loop.LOG).read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(recipe, tmp_path):
+    with pytest.raises(ConfigError, match="without --resume"):
+        train(recipe, resume=True)
+    train(replace(recipe, steps=1))
+    with pytest.raises(ConfigError, match="pass --resume"):
+        train(recipe)
+    with pytest.raises(ConfigError, match="found no photos"):
+        train(replace(recipe, output=str(tmp_path / "x"), data=replace(recipe.data, include=("*.bmp",))))
+    with pytest.raises(ConfigError, match="pass --data"):
+        train(replace(recipe, output=str(tmp_path / "y"), data=replace(recipe.data, folder="")))
+
+
+def test_learning_rate_warms_up_and_decays():
+    recipe = Recipe(start="x", learning_rate=1.0, steps=100, warmup_steps=10, decay_steps=20)
+    rates = [loop.learning_rate(recipe, step) for step in (0, 9, 50, 90, 99)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.05])
+
+
+def test_the_average_forgets_the_start():
+    module = torch.nn.Linear(2, 2)
+    average = AveragedWeights(module, 0.9)
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+    for update in range(200):
+        average.update(module, update)
+    assert torch.allclose(average.state_dict(module)["weight"], torch.ones(2, 2), atol=1e-4)

@@ -9,8 +9,8 @@ Weights are random; nothing is downloaded. The peer is a file of yours with two 
 
 Every round times each contender once, in turning order, so that what else the machine does falls on all of them; the ratios
 are medians over rounds of peer time / our time, once by the clock and once by the processor time that this process took, which
-other work on the machine disturbs less. Threads wait for each other asleep (`OMP_WAIT_POLICY=PASSIVE`, unless you set it), since
-spinning would count as work. Where the ids differ there is nothing to compare, and the benchmark says so.
+other work on the machine disturbs less. Threads wait for each other asleep (`OMP_WAIT_POLICY=PASSIVE`, unless you set it),
+since spinning would count as work. Where the ids differ there is nothing to compare, and the benchmark says so.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from tokenzoo.registry import find_card, tokenizer_class
-from tokenzoo.tokenizers import Tokenizer
+from tokenzoo.tokenizers import Tokenizer, TokenizerConfig
 
 Contender = Callable[[], object]
 
@@ -41,7 +41,8 @@ def random_tokenizer(name: str) -> Tokenizer:
     card = find_card(name)
     cls = tokenizer_class(card.architecture)
     torch.manual_seed(0)
-    tokenizer = cls(cls.config_class.from_dict(card.config)).eval().requires_grad_(False)
+    build: Callable[[TokenizerConfig], Tokenizer] = cls
+    tokenizer = build(cls.config_class.from_dict(card.config)).eval().requires_grad_(False)
     for parameter, tensor in tokenizer.named_parameters():
         if parameter.endswith("codebook"):
             tensor.normal_()

@@ -102,7 +102,8 @@ class PixelDecoder(nn.Module):
 class MaskGITVQGAN(nn.Module):
     """The whole autoencoder, with 1,024 codes of width 256 and images of 256 pixels as published.
 
-    Published weights: `maskgit-vqgan-imagenet-f16-256.bin` of `fun-research/TiTok` on the Hugging Face Hub.
+    Published weights: `maskgit-vqgan-imagenet-f16-256.bin` of `fun-research/TiTok` on the Hugging Face Hub, whose
+    `quantize.embedding.weight` is our `codebook`.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def _fit_classes(code: "SpectralCode", x_MK: Tensor, generator: torch.Generator)
     variances = variances + water_level(variances, _CLASS_BITS)
     code.precisions.copy_(1 / variances)
     code.class_costs.copy_(variances.log().sum(1))
-    return code.classify(x_MK)
+    return code.class_lengths(x_MK).argmin(1)
 
 
 def water_level(variances_PK: Tensor, bits: float) -> Tensor:

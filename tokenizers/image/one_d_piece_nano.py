@@ -56,6 +56,7 @@ class OneDPieceNanoConfig(TokenizerConfig):
         blocks: Blocks of the refiner per resolution and side.
         heads: Attention heads of the refiner.
         condition_dim: Width of what the refiner knows of the class and the number of tokens.
+        classes_tried: Likeliest classes that `encode` tries in full; it costs time and no bits. Training tries one.
     """
 
     image_size: int = 64
@@ -69,11 +70,14 @@ class OneDPieceNanoConfig(TokenizerConfig):
     blocks: int = 2
     heads: int = 8
     condition_dim: int = 128
+    classes_tried: int = 4
 
     def validate_sizes(self) -> None:
         """Checks what the graph needs of the sizes."""
         if self.codebook_size % self.num_classes:
             raise ValueError(f"expected codebook_size to be a multiple of {self.num_classes = }, got {self.codebook_size}")
+        if not 1 <= self.classes_tried <= self.num_classes:
+            raise ValueError(f"expected classes_tried from 1 to {self.num_classes}, got {self.classes_tried}")
         if self.image_size % 8 or not 0 < max(self.luma_radius, self.chroma_radius) <= self.image_size:
             raise ValueError(f"expected a multiple of 8 no smaller than the radii, got {self.image_size = }")
 
@@ -101,23 +105,38 @@ class SpectralCode(nn.Module):
         columns = torch.arange(tokens * dim).view(1, tokens, dim) % len(bands)
         self.register_buffer("columns", columns.repeat(classes, 1, 1).to(torch.int16))
 
-    def encode(self, x_BK: Tensor, length: int) -> Tensor:
-        """Ids int64 `[B, length]` of coefficients, greedily."""
-        x_BK = x_BK.float() - self.mean.float()
-        chosen = self.classify(x_BK)
+    def encode(self, x_BK: Tensor, length: int, *, tries: int = 1) -> Tensor:
+        """Ids int64 `[B, length]` of coefficients: greedy, in the best of the `tries` likeliest classes.
+
+        Best is the one with the smallest error at half of all tokens, whatever `length` is, so that the ids of a
+        shorter code are a prefix of those of a longer one.
+        """
+        centred = x_BK.float() - self.mean.float()
+        classes = self.class_lengths(centred).topk(tries, dim=1, largest=False).indices
+        steps = length if tries == 1 else max(length, len(self.energy_bias) // 2)
+        ids, errors = self.encode_in(centred.repeat_interleave(tries, 0), classes.flatten(), steps)
+        best = errors.view(-1, tries).argmin(1) + tries * torch.arange(len(x_BK), device=x_BK.device)
+        return ids[best, :length]
+
+    def encode_in(self, centred_BK: Tensor, chosen: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Ids `[B, steps]` of centred coefficients in given classes, and the squared error `[B]` at half of all tokens."""
         columns = self.columns[chosen, 0].long()
-        variant = torch.cdist(x_BK.gather(1, columns)[:, None], self.first_codebook[chosen].float())[:, 0].argmin(1)
+        first = self.first_codebook[chosen].float()
+        variant = torch.cdist(centred_BK.gather(1, columns)[:, None], first)[:, 0].argmin(1)
         ids = [chosen * self.variants + variant]
-        residual = x_BK.scatter_add(1, columns, -self.first_codebook[chosen, variant].float())
-        energies = residual.new_zeros(len(x_BK), len(self.energy_bias))
-        for t in range(1, length):
+        residual = centred_BK.scatter_add(1, columns, -self.first_codebook[chosen, variant].float())
+        energies = residual.new_zeros(len(residual), len(self.energy_bias))
+        errors = residual.square().sum(1)
+        for t in range(1, steps):
             columns = self.columns[chosen, t].long()
             scales = self.scales[chosen, t].float() * self.gain(energies, t)[:, None]
             ids.append(nearest(residual.gather(1, columns) / scales, self.codebook))
             entries = self.codebook[ids[-1]].float()
             residual = residual.scatter_add(1, columns, -entries * scales)
             energies[:, t] = self.log_energy(entries)
-        return torch.stack(ids, 1)
+            if t + 1 == len(self.energy_bias) // 2:
+                errors = residual.square().sum(1)
+        return torch.stack(ids, 1), errors
 
     def decode(self, ids_BN: Tensor, lengths: Tensor) -> Tensor:
         """Coefficients `[B, K]` of the first `lengths` `[B]` ids; differentiable with respect to the tables."""
@@ -132,9 +151,9 @@ class SpectralCode(nn.Module):
         columns = self.columns[chosen, : ids_BN.shape[1]].long().flatten(1)
         return self.mean.float().expand(len(ids_BN), -1).scatter_add(1, columns, values)
 
-    def classify(self, x_BK: Tensor) -> Tensor:
-        """Class `[B]` of centred coefficients: the Gaussian, by its inverse variances, that gives the shortest description."""
-        return torch.addmm(self.class_costs.float(), x_BK.square(), self.precisions.float().T).argmin(1)
+    def class_lengths(self, x_BK: Tensor) -> Tensor:
+        """How long each class's Gaussian describes centred coefficients, `[B, P]`, up to scale and constants."""
+        return torch.addmm(self.class_costs.float(), x_BK.square(), self.precisions.float().T)
 
     def gain(self, energies: Tensor, t: int) -> Tensor:
         """Factor `[B]` on the scales of token `t`, from the log energies `[B, N]` of the tokens before it."""
@@ -177,7 +196,8 @@ class OneDPieceNano(Tokenizer):
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
         del seed
         with torch.autocast(batch.device.type, enabled=False):
-            return Codes(self.code.encode(self.analyse(batch), length or self.config.num_tokens)[:, None])
+            ids = self.code.encode(self.analyse(batch), length or self.config.num_tokens, tries=self.config.classes_tried)
+        return Codes(ids[:, None])
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         del extras
@@ -207,7 +227,8 @@ class OneDPieceNano(Tokenizer):
     def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:
         """Mean log squared error, which is PSNR, of prefixes of random length (tail token drop)."""
         del progress
-        ids = self._encode(batch, length=None, seed=0).ids[:, 0].detach()
+        with torch.no_grad(), torch.autocast(batch.device.type, enabled=False):
+            ids = self.code.encode(self.analyse(batch), self.config.num_tokens)
         lengths = self._training_lengths(len(batch), generator).to(batch.device)
         if not self.training:
             lengths = torch.full_like(lengths, self.config.num_tokens)

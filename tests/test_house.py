@@ -30,11 +30,11 @@ def test_every_package_is_in_the_map():
 
 @pytest.mark.parametrize("name", ["tokenizers", "kernels"])
 def test_our_folders_do_not_shadow_the_packages_of_that_name(name, tmp_path):
-    """With PyPI's package anywhere on the path, Python started in the repository root imports that one."""
+    """With PyPI's package on the path behind the repository's root, Python started there imports that one."""
     assert not (ROOT / name / "__init__.py").exists()
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("origin = 'PyPI'")
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); import {name}; print({name}.origin)"
+    code = f"import sys; sys.path.insert(1, {str(tmp_path)!r}); import {name}; print({name}.origin)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.stdout.strip() == "PyPI", found.stderr
 

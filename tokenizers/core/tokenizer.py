@@ -220,7 +220,7 @@ class Tokenizer(nn.Module):
 
     @property
     def _batch_size(self) -> int:
-        """One item at a time on a CPU: as fast as a batch there, and an item's rounding never depends on the others."""
+        """One item at a time on a CPU: hardly slower than a batch there, and an item's rounding never depends on the others."""
         return 1 if self.device.type == "cpu" else ACCELERATOR_BATCH
 
     def _encode_batch(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenzoo.encoders.refiner import Refiner
-from tokenzoo.kernels import nearest
+from tokenzoo.kernels import PackCache, nearest
 from tokenzoo.tokenizers import Codes, Output, Tokenizer, TokenizerConfig
 from tokenzoo.tokenizers.image._spectral_fit import fit_spectral_code
 from tokenzoo.tokenizers.images import Images
@@ -102,6 +102,7 @@ class SpectralCode(nn.Module):
         self.scales = nn.Parameter(torch.full((classes, tokens, dim), 0.1))
         self.energy_weights = nn.Parameter(torch.zeros(tokens, tokens))
         self.energy_bias = nn.Parameter(torch.zeros(tokens))
+        self._cache = PackCache()
         columns = torch.arange(tokens * dim).view(1, tokens, dim) % len(bands)
         self.register_buffer("columns", columns.repeat(classes, 1, 1).to(torch.int16))
 
@@ -130,7 +131,7 @@ class SpectralCode(nn.Module):
         for t in range(1, steps):
             columns = self.columns[chosen, t].long()
             scales = self.scales[chosen, t].float() * self.gain(energies, t)[:, None]
-            ids.append(nearest(residual.gather(1, columns) / scales, self.codebook))
+            ids.append(nearest(residual.gather(1, columns) / scales, self.codebook, cache=self._cache))
             entries = self.codebook[ids[-1]].float()
             residual = residual.scatter_add(1, columns, -entries * scales)
             energies[:, t] = self.log_energy(entries)
@@ -174,7 +175,7 @@ class OneDPieceNano(Tokenizer):
     config: OneDPieceNanoConfig
 
     def __init__(self, config: OneDPieceNanoConfig) -> None:
-        super().__init__(config, Images(config.image_size))
+        super().__init__(config, Images(config.image_size, "stretch"))
         kept, bands = spectrum_layout(config)
         self.register_buffer("kept", kept, persistent=False)
         self.code = SpectralCode(config, bands)

@@ -398,6 +398,6 @@ def _embedding(length: int, dim: int) -> nn.Parameter:
 def _initialize(module: nn.Module) -> None:
     """The published start: linear and patch layers near zero; the pixel decoder's convolutions keep PyTorch's."""
     if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.stride != (1, 1)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

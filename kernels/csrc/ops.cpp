@@ -14,15 +14,16 @@
 #include <memory>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "search_table.h"
 
 namespace tokenzoo {
 
-namespace avx512 { const SearchTable* table(); }
-namespace avx2 { const SearchTable* table(); }
-namespace portable { const SearchTable* table(); }
+namespace avx512 { extern const SearchTable table; }
+namespace avx2 { extern const SearchTable table; }
+namespace portable { extern const SearchTable table; }
 
 namespace {
 
@@ -43,10 +44,10 @@ const SearchTable& search() {
     const std::string_view name = wish ? wish : "avx512";
     const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-    if (name == "avx512" && has_avx512) return avx512::table();
-    if (name != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table();
+    if (name == "avx512" && has_avx512) return &avx512::table;
+    if (name != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::table;
 #endif
-    return portable::table();
+    return &portable::table;
   }();
   return *chosen;
 }
@@ -333,15 +334,25 @@ std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<
 // level * scale + shift, ids the sum of level * basis.
 std::tuple<Tensor, Tensor> fsq(const Tensor& x, const Tensor& thresholds, const Tensor& scale, const Tensor& shift,
                                const Tensor& basis) {
-  const int64_t count = x.size(0), width = x.size(1);
+  const int64_t count = x.size(0), width = x.size(1), span = width * search().lanes;
   Tensor ids = make(x, {count}, ScalarType::Long), codes = make(x, {count, width}, ScalarType::Float);
   int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
   float* code = static_cast<float*>(codes.mutable_data_ptr());
+  const auto spread = [&](const auto* table, int64_t rows) {
+    std::vector<std::remove_cvref_t<decltype(*table)>> out(rows * span);
+    for (int64_t i = 0; i < rows * span; ++i) out[i] = table[i / span * width + i % width];
+    return out;
+  };
+  const auto limits = spread(floats(thresholds), thresholds.size(0)), factors = spread(floats(scale), 1),
+             offsets = spread(floats(shift), 1);
+  const auto weights = spread(static_cast<const int32_t*>(basis.const_data_ptr()), 1);
+  const FsqTables tables{thresholds.size(0), limits.data(), factors.data(), offsets.data(), weights.data()};
   parallel((count + SCALAR_ROWS - 1) / SCALAR_ROWS, [&](int64_t block) {
     const int64_t first = block * SCALAR_ROWS;
-    search().fsq(floats(x) + first * width, std::min(SCALAR_ROWS, count - first), width, thresholds.size(0), floats(thresholds),
-                 floats(scale), floats(shift), static_cast<const int32_t*>(basis.const_data_ptr()), code + first * width,
-                 id + first);
+    std::vector<float> scratch(span);
+    std::vector<int32_t> parts(span);
+    search().fsq(floats(x) + first * width, std::min(SCALAR_ROWS, count - first), width, tables, scratch.data(), parts.data(),
+                 code + first * width, id + first);
   });
   return {codes, ids};
 }
@@ -361,10 +372,7 @@ std::tuple<Tensor, Tensor> lfq(const Tensor& x, double scale) {
 }
 
 // Bits in a register of the instruction set in use.
-int64_t instruction_set() {
-  const std::string_view name = search().name;
-  return name == "AVX-512" ? 512 : name == "AVX2" ? 256 : 128;
-}
+int64_t instruction_set() { return search().lanes * 32; }
 
 }  // namespace
 

@@ -8,18 +8,19 @@
 // once per panel of codes, which panel holds each row's maximum so far. That panel's scores are computed again with codes
 // in lanes, and the first of the largest is the answer. Nothing of size rows x codes is ever written.
 //
+// This file is compiled for instruction sets that the processor may lack, so nothing in it may be a symbol that the linker
+// could share with code for all processors: everything is in an anonymous namespace, and no standard template is used.
+//
 // Layouts: a tile of rows is packed [dim][ROWS]; codes are [panel][dim][PANEL], padded with entries whose bias is -inf.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <limits>
-#include <vector>
 
 #include "search_table.h"
 
 namespace tokenzoo {
 namespace ISA {
+namespace {
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef float VecUnaligned __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -28,7 +29,7 @@ typedef int32_t IntsUnaligned __attribute__((vector_size(LANES * 4), aligned(4))
 
 constexpr int ROWS = LANES * ROW_VECTORS;
 constexpr int PARTS = PANEL / LANES;
-constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+constexpr float LOWEST = -__builtin_inff();
 
 inline Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 inline Ints load(const int32_t* p) { return *reinterpret_cast<const IntsUnaligned*>(p); }
@@ -117,9 +118,10 @@ int32_t resolve(const float* row, int64_t stride, const float* panel, const floa
   for (int p = 0; p < PARTS; ++p)
     if (const uint32_t equal = lanes_equal(sums[p], splat(score))) return p * LANES + __builtin_ctz(equal);
   // A compiler that contracts the two loops differently leaves no score bit-equal; the largest is then the answer.
-  float scores[PANEL];
-  for (int p = 0; p < PARTS; ++p) store(scores + p * LANES, sums[p]);
-  return static_cast<int32_t>(std::max_element(scores, scores + PANEL) - scores);
+  int32_t best = 0;
+  for (int32_t i = 1; i < PANEL; ++i)
+    if (sums[i / LANES][i % LANES] > sums[best / LANES][best % LANES]) best = i;
+  return best;
 }
 
 // COUNT rows against WIDTH panels at a time, codes in lanes: for so few rows that a tile would be mostly empty.
@@ -193,37 +195,34 @@ void scan_few(const float* rows, int64_t count, const float* panels, const float
   for (; n < count; ++n) few_rows<1, FEW>(rows + n * dim, panels, bias, dim, first, last, best + n, code + n);
 }
 
-// LANES rows are dim vectors, whose lanes repeat the dimensions in turn: the tables are spread out to match, once.
-void fsq(const float* x, int64_t count, int64_t dim, int64_t num_thresholds, const float* thresholds, const float* scale,
-         const float* shift, const int32_t* basis, float* codes, int64_t* ids) {
+// LANES rows are dim vectors, whose lanes repeat the dimensions in turn: the tables come spread out to match, each of
+// span = dim * LANES entries.
+void fsq(const float* x, int64_t count, int64_t dim, const FsqTables& tables, float* scratch, int32_t* parts, float* codes,
+         int64_t* ids) {
   const int64_t span = dim * LANES;
-  std::vector<float> limits(num_thresholds * span), factors(span), offsets(span), values(span), out(span);
-  std::vector<int32_t> weights(span), parts(span);
-  for (int64_t i = 0; i < span; ++i) {
-    for (int64_t t = 0; t < num_thresholds; ++t) limits[t * span + i] = thresholds[t * dim + i % dim];
-    factors[i] = scale[i % dim];
-    offsets[i] = shift[i % dim];
-    weights[i] = basis[i % dim];
-  }
   for (int64_t first = 0; first < count; first += LANES) {
-    const int64_t rows = std::min<int64_t>(LANES, count - first);
+    const int64_t rows = count - first < LANES ? count - first : LANES;
     const bool whole = rows == LANES;
     const float* in = x + first * dim;
-    float* to = whole ? codes + first * dim : out.data();
-    if (!whole) in = std::copy_n(in, rows * dim, values.data()) - rows * dim;
+    float* to = codes + first * dim;
+    if (!whole) {
+      for (int64_t i = 0; i < rows * dim; ++i) scratch[i] = in[i];
+      in = to = scratch;
+    }
     for (int64_t i = 0; i < span; i += LANES) {
       const Vec value = load(in + i);
       Ints level = splat(0);
-      for (int64_t t = 0; t < num_thresholds; ++t) level -= value >= load(limits.data() + t * span + i);
-      store(to + i, __builtin_convertvector(level, Vec) * load(factors.data() + i) + load(offsets.data() + i));
-      store(parts.data() + i, level * load(weights.data() + i));
+      for (int64_t t = 0; t < tables.num_thresholds; ++t) level -= value >= load(tables.thresholds + t * span + i);
+      store(to + i, __builtin_convertvector(level, Vec) * load(tables.scale + i) + load(tables.shift + i));
+      store(parts + i, level * load(tables.basis + i));
     }
     for (int64_t r = 0; r < rows; ++r) {
       int64_t id = 0;
       for (int64_t d = 0; d < dim; ++d) id += parts[r * dim + d];
       ids[first + r] = id;
     }
-    if (!whole) std::copy_n(out.data(), rows * dim, codes + first * dim);
+    if (!whole)
+      for (int64_t i = 0; i < rows * dim; ++i) codes[first * dim + i] = scratch[i];
   }
 }
 
@@ -246,17 +245,19 @@ void lfq(const float* x, int64_t count, int64_t dim, float high, float* codes, i
   for (int64_t n = 0; n < count; ++n) {
     const float* row = x + n * dim;
     // A vector may read on into the next row, whose bits are shifted out, but not past the end of all rows.
-    if (n * dim + padded_dim > total) row = std::copy_n(row, dim, tail) - dim;
+    if (n * dim + padded_dim > total) {
+      for (int64_t d = 0; d < dim; ++d) tail[d] = row[d];
+      row = tail;
+    }
     uint64_t word = 0;
     for (int64_t d = 0; d < dim; d += LANES) word |= static_cast<uint64_t>(lanes_above(load(row + d), zero)) << d;
     ids[n] = static_cast<int64_t>(reversed(word, dim));
   }
 }
 
-const SearchTable* table() {
-  static const SearchTable functions{NAME, ROWS, scan, resolve, scan_few, fsq, lfq};
-  return &functions;
-}
+}  // namespace
+
+extern const SearchTable table{LANES, ROWS, scan, resolve, scan_few, fsq, lfq};
 
 }  // namespace ISA
 }  // namespace tokenzoo

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #define ISA avx2
-#define NAME "AVX2"
 #define LANES 8
 #define ROW_VECTORS 3
 #define GROUP 4

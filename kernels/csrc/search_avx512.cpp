@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #define ISA avx512
-#define NAME "AVX-512"
 #define LANES 16
 #define ROW_VECTORS 2
 #define GROUP 8

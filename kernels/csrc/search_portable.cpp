@@ -2,7 +2,6 @@
 #include <cstdint>
 
 #define ISA portable
-#define NAME "portable"
 #define LANES 4
 #define ROW_VECTORS 2
 #define GROUP 4

@@ -8,8 +8,18 @@ namespace tokenzoo {
 // Codes in a panel: the unit in which codes are packed, and in which the winner is first located.
 constexpr int PANEL = 16;
 
+// Tables of finite scalar quantization, each row spread out over dim * lanes entries.
+struct FsqTables {
+  int64_t num_thresholds;
+  const float* thresholds;
+  const float* scale;
+  const float* shift;
+  const int32_t* basis;
+};
+
 struct SearchTable {
-  const char* name;
+  // Floats in a register.
+  int lanes;
   // Rows in a tile.
   int rows;
   // Largest score of each row of a tile over panels [first, last), into best and where, which hold the result so far.
@@ -20,9 +30,10 @@ struct SearchTable {
   // Largest score and its first code for each of a few rows [count][dim] over panels [first, last).
   void (*scan_few)(const float* rows, int64_t count, const float* panels, const float* bias, int64_t dim, int64_t first,
                    int64_t last, float* best, int32_t* code);
-  // Levels of finite scalar quantization: how many of its dimension's thresholds each value exceeds, and what that means.
-  void (*fsq)(const float* x, int64_t count, int64_t dim, int64_t num_thresholds, const float* thresholds, const float* scale,
-              const float* shift, const int32_t* basis, float* codes, int64_t* ids);
+  // Levels of finite scalar quantization: how many of its dimension's thresholds each value reaches, and what that means.
+  // scratch and parts have room for dim * lanes numbers.
+  void (*fsq)(const float* x, int64_t count, int64_t dim, const FsqTables& tables, float* scratch, int32_t* parts, float* codes,
+              int64_t* ids);
   // Signs of lookup-free quantization, times `high`, and the signs as bits.
   void (*lfq)(const float* x, int64_t count, int64_t dim, float high, float* codes, int64_t* ids);
 };

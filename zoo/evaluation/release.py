@@ -37,6 +37,7 @@ from tokenzoo.training.recipe import Recipe
 
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 LARGER_BUDGETS = (320, 512)
+_NOTHING = Point(0, 0.0, 0.0, 0.0)
 
 
 def release(run: Path, recipe: Recipe, card: Path) -> Curve:
@@ -106,7 +107,8 @@ def refreshed(text: str, curve: Curve, codecs: Mapping[str, Mapping[int, Point]]
     )
     margins = "; ".join(
         f"{count} tokens ({curve.points[count].num_bytes} bytes): {_margin(curve.points[count], codecs['webp']):+.2f} dB"
-        for count in (32, 64, 96, 128)
+        for count in sorted(curve.points)
+        if codecs["webp"].get(curve.points[count].num_bytes, _NOTHING).reached == 1
     )
     rising = all(a.psnr < b.psnr for a, b in zip(_points(curve), _points(curve)[1:], strict=False))
     part = f"""{BEGIN}
@@ -115,9 +117,9 @@ Measured on {len(pictures)} held-out crops by the bundled float16 weights, after
 
 {markdown_table(curve, codecs)}
 
-- Against shrink-then-WebP at equal bytes: {margins}.
+- Against shrink-then-WebP at equal bytes, where every crop fits: {margins}.
 - PSNR rises with every row: {"yes" if rising else "no"}. Codebook used on these crops: {curve.codebook_used:.1%}.
-- Smallest possible file of one crop, in bytes: {smallest}. With more bytes (PSNR): {larger}.
+- Smallest file of the first crop, in bytes: {smallest}. With more bytes (PSNR): {larger}.
 {END}"""
     before, _, rest = text.partition(BEGIN)
     return before + part + rest.partition(END)[2]
@@ -138,7 +140,7 @@ def _points(curve: Curve) -> list[Point]:
 
 
 def _margin(point: Point, codec: Mapping[int, Point]) -> float:
-    return point.psnr - codec[point.num_bytes].psnr if point.num_bytes in codec else float("nan")
+    return point.psnr - codec[point.num_bytes].psnr
 
 
 def _at(points: Mapping[int, Point], budget: int) -> str:

@@ -85,7 +85,7 @@ class OneDPieceNanoConfig(TokenizerConfig):
 class SpectralCode(nn.Module):
     """The code: DCT coefficients `[B, K]` to ids `[B, N]` and, for any prefix, back.
 
-    All tables are buffers in the state dict, filled by `fit_spectral_code`; ids are found one after another, each for the
+    All tables are in the state dict, filled by `fit_spectral_code`; ids are found one after another, each for the
     residual that the ids before it leave.
     """
 

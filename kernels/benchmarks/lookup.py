@@ -97,16 +97,24 @@ def _repeats(run: Contender, at_least: float = 0.02) -> int:
     return max(1, int(at_least / max(1e-7, time.perf_counter() - start)))
 
 
-def fma_peak() -> float | None:
-    """Multiply-add rate of one core in GFLOP/s, or `None` without a compiler."""
-    compiler = _native.compiler()
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        program = str(Path(folder) / "peak")
-        source = str(Path(__file__).with_name("peak.cpp"))
-        subprocess.run([compiler, "-O3", "-march=native", source, "-o", program], check=True)
-        return float(subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()[0])
+class Peak:
+    """Multiply-add rate of this machine at the moment, all threads at once; a shared core has less to give at some times."""
+
+    def __init__(self, folder: Path) -> None:
+        compiler = _native.compiler()
+        self.program = folder / "peak" if compiler else None
+        if compiler:
+            source = Path(__file__).with_name("peak.cpp")
+            subprocess.run([compiler, "-O3", "-march=native", str(source), "-o", str(self.program)], check=True)
+
+    def measure(self) -> float | None:
+        """GFLOP/s, or `None` without a compiler."""
+        if self.program is None:
+            return None
+        started = [
+            subprocess.Popen([str(self.program)], stdout=subprocess.PIPE, text=True) for _ in range(torch.get_num_threads())
+        ]
+        return sum(float(process.communicate()[0].split()[0]) for process in started)
 
 
 def _cpu() -> str:
@@ -120,20 +128,32 @@ def _cpu() -> str:
 
 def bench(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
     """One row per shape: our time, our share of the peak, and how many times longer each peer takes."""
-    peak, rows = fma_peak(), []
-    for count, size, width in shapes:
-        generator = torch.Generator().manual_seed(0)
-        x, codebook = torch.randn(count, width, generator=generator), torch.randn(size, width, generator=generator)
-        seconds = measure(contenders(x, codebook), rounds)
-        ours = seconds.pop("tokenzoo")
-        rate = 2 * count * size * width / statistics.median(ours) / 1e9
-        row: dict[str, Any] = {"N, K, D": f"{count}, {size}, {width}", "ms": round(1000 * statistics.median(ours), 3)}
-        row["of peak"] = f"{100 * rate / (peak * torch.get_num_threads()):.0f} %" if peak else ""
-        for name, theirs in seconds.items():
-            row[name] = round(statistics.median(t / o for t, o in zip(theirs, ours, strict=True)), 2)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        peak = Peak(Path(folder))
+        for shape in shapes:
+            rows.append(bench_shape(shape, rounds, peak))
+            print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def bench_shape(shape: tuple[int, int, int], rounds: int, peak: Peak) -> dict[str, Any]:
+    """One row; the peak is measured right before and right after."""
+    count, size, width = shape
+    generator = torch.Generator().manual_seed(0)
+    x, codebook = torch.randn(count, width, generator=generator), torch.randn(size, width, generator=generator)
+    named = contenders(x, codebook)
+    before = peak.measure()
+    alone = measure({"tokenzoo": named["tokenzoo"]}, rounds)["tokenzoo"]
+    after = peak.measure()
+    seconds = measure(named, rounds)
+    ours = seconds.pop("tokenzoo")
+    row: dict[str, Any] = {"N, K, D": f"{count}, {size}, {width}", "ms": round(1000 * statistics.median(ours), 3)}
+    rate = 2 * count * size * width / statistics.median(alone) / 1e9
+    row["of peak"] = f"{100 * rate / ((before + after) / 2):.0f} %" if before and after else ""
+    for name, theirs in seconds.items():
+        row[name] = round(statistics.median(t / o for t, o in zip(theirs, ours, strict=True)), 2)
+    return row
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

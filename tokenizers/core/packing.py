@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as write_tensors
 from torch import Tensor
 
 from tokenzoo.kernels import pack_bits, unpack_bits
@@ -45,7 +46,7 @@ def pack(
         for k, (length, bits) in enumerate(zip(item, spec.bits_per_id, strict=True))
     ]
     body = np.packbits(np.concatenate(runs)).tobytes() if runs else b""
-    tail = safetensors.torch.save({name: t.cpu().contiguous() for name, t in extras.items()}) if extras else b""
+    tail = write_tensors({name: t.cpu().contiguous() for name, t in extras.items()}) if extras else b""
     rest = struct.pack("<I", len(text)) + text + body + tail
     return MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest
 
@@ -69,7 +70,7 @@ def unpack(data: bytes) -> tuple[Tensor, Tensor, TokenSpec, dict[str, Tensor], l
         spec = TokenSpec.from_dict(header["spec"])
         lengths = torch.tensor(header["lengths"], dtype=torch.long).reshape(header["batch"], spec.num_codebooks)
         ids, end = _read_ids(data, start, lengths, spec)
-        extras = safetensors.torch.load(data[end:]) if header["extras"] else {}
+        extras = read_tensors(data[end:]) if header["extras"] else {}
         return ids, lengths, spec, extras, header["meta"]
     except (ValueError, KeyError, TypeError, zlib.error, SafetensorError) as error:
         raise TokensError(f"this .tok container was not written by tokenzoo: {error}") from error

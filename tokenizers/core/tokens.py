@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as write_tensors
 from torch import Tensor
 
 from tokenzoo.tokenizers import layouts, packing
@@ -236,7 +237,7 @@ class Tokens:
         elif path.suffix == ".safetensors":
             header = json.dumps({"spec": self.spec.to_dict(), "meta": list(self.meta)})
             tensors = {"ids": self.ids, "lengths": self.lengths, **{f"extras.{k}": v for k, v in self.extras.items()}}
-            data = safetensors.torch.save({k: v.cpu().contiguous() for k, v in tensors.items()}, {_HEADER_KEY: header})
+            data = write_tensors({k: v.cpu().contiguous() for k, v in tensors.items()}, {_HEADER_KEY: header})
         else:
             raise TokensError(f"expected a .tok or .safetensors file name, got {path.name!r}")
         write_atomically(path, data)
@@ -257,7 +258,7 @@ class Tokens:
     @classmethod
     def _from_safetensors(cls, data: bytes, path: Path) -> "Tokens":
         try:
-            tensors = safetensors.torch.load(data)
+            tensors = read_tensors(data)
             header_length = int.from_bytes(data[:8], "little")
             header = json.loads(json.loads(data[8 : 8 + header_length])["__metadata__"][_HEADER_KEY])
             extras = {k.removeprefix("extras."): v for k, v in tensors.items() if k.startswith("extras.")}

@@ -99,7 +99,7 @@ def _trial(tokenizer: Tokenizer, photos: Sequence[Image.Image], count: int) -> T
 
 
 def _draw(photos: Sequence[Image.Image], trials: Sequence[Trial]) -> Image.Image:
-    """Rows of original | one column per token count, each scaled to a tile."""
+    """Rows of original | one column per token count, each in the original's proportions."""
     columns, step = 1 + len(trials), TILE + MARGIN
     sheet = Image.new("RGB", (MARGIN + columns * step, HEADER + len(photos) * (step + HEADER)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
@@ -109,12 +109,13 @@ def _draw(photos: Sequence[Image.Image], trials: Sequence[Trial]) -> Image.Image
         draw.text((MARGIN + column * step, 6), title, "black", font)
     psnr_of = [trial.psnr() for trial in trials]
     for row, photo in enumerate(photos):
-        top = HEADER + row * (step + HEADER)
+        top, scale = HEADER + row * (step + HEADER), TILE / max(photo.size)
         tiles = [photo, *(to_pil(trial.reconstructions[row]) for trial in trials)]
         notes = [f"{photo.width} x {photo.height} pixels", *(f"{values[row]:.1f} dB at {size} px" for values in psnr_of)]
         for column, (tile, note) in enumerate(zip(tiles, notes, strict=True)):
             left = MARGIN + column * step
-            sheet.paste(tile.resize((TILE, TILE), Image.Resampling.BICUBIC), (left, top))
+            width, height = round(photo.width * scale), round(photo.height * scale)
+            sheet.paste(tile.resize((width, height), Image.Resampling.BICUBIC), (left, top + TILE - height))
             draw.text((left, top + TILE + 3), note, "dimgrey", font)
     return sheet
 

@@ -99,24 +99,23 @@ def _trial(tokenizer: Tokenizer, photos: Sequence[Image.Image], count: int) -> T
 
 
 def _draw(photos: Sequence[Image.Image], trials: Sequence[Trial]) -> Image.Image:
-    """Rows of original | one column per token count, each in the original's proportions."""
-    columns, step = 1 + len(trials), TILE + MARGIN
-    sheet = Image.new("RGB", (MARGIN + columns * step, HEADER + len(photos) * (step + HEADER)), "white")
+    """Rows of original | one column per token count, all as wide as a tile and in the original's proportions."""
+    heights = [round(TILE * photo.height / photo.width) for photo in photos]
+    step = TILE + MARGIN
+    size = (MARGIN + (1 + len(trials)) * step, HEADER + sum(heights) + len(photos) * HEADER)
+    sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    size = trials[0].originals[0].shape[-1]
-    titles = ["original", *(f"{trial.count} tokens, {trial.num_bytes} bytes" for trial in trials)]
-    for column, title in enumerate(titles):
+    for column, title in enumerate(["original", *(f"{trial.count} tokens, {trial.num_bytes} bytes" for trial in trials)]):
         draw.text((MARGIN + column * step, 6), title, "black", font)
-    psnr_of = [trial.psnr() for trial in trials]
-    for row, photo in enumerate(photos):
-        top, scale = HEADER + row * (step + HEADER), TILE / max(photo.size)
+    psnr_of, side, top = [trial.psnr() for trial in trials], trials[0].originals[0].shape[-1], HEADER
+    for row, (photo, height) in enumerate(zip(photos, heights, strict=True)):
         tiles = [photo, *(to_pil(trial.reconstructions[row]) for trial in trials)]
-        notes = [f"{photo.width} x {photo.height} pixels", *(f"{values[row]:.1f} dB at {size} px" for values in psnr_of)]
+        notes = [f"{photo.width} x {photo.height} pixels", *(f"{values[row]:.1f} dB at {side} px" for values in psnr_of)]
         for column, (tile, note) in enumerate(zip(tiles, notes, strict=True)):
             left = MARGIN + column * step
-            width, height = round(photo.width * scale), round(photo.height * scale)
-            sheet.paste(tile.resize((width, height), Image.Resampling.BICUBIC), (left, top + TILE - height))
-            draw.text((left, top + TILE + 3), note, "dimgrey", font)
+            sheet.paste(tile.resize((TILE, height), Image.Resampling.BICUBIC), (left, top))
+            draw.text((left, top + height + 3), note, "dimgrey", font)
+        top += height + HEADER
     return sheet
 
 

@@ -1,4 +1,6 @@
 # The verbs: make demo, make test, make style, make bench. Each makes its virtual environment first.
+# "make bench" compares with peers that are installed beside (faiss-cpu, vector-quantize-pytorch), and whole tokenizers with
+# PEER=file.py; see benchmarks/encode.py for what that file has to offer.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -34,6 +36,8 @@ style: $(VENV)/.installed-dev
 	./.ci/typecheck $(BIN)/python
 
 bench: $(VENV)/.installed-dev
+	$(BIN)/python kernels/benchmarks/lookup.py
+	$(BIN)/python kernels/benchmarks/relatives.py
 	$(BIN)/python benchmarks/encode.py one_d_piece_s.in1k_256 titok_b64.in1k $(if $(PEER),--peer $(PEER))
 
 clean:

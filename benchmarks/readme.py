@@ -45,6 +45,15 @@ def lookup() -> str:
     )
 
 
+def encode() -> str:
+    """The encode benchmark's report: how many times longer the reference implementation takes."""
+    lines = ["| tokenizer | one batch of 8 | a list of 8, one by one |", "|---|---|---|"]
+    for row in json.loads((ROOT / "benchmarks" / "report.json").read_text()):
+        clock = {name: f"{ratios[0]:.2f}" for name, ratios in row["ratio"].items()}
+        lines.append(f"| `{row['name']}` | {clock['_encode(batch)']} | {clock['encode(list)']} |")
+    return "\n".join(lines)
+
+
 def block(text: str, name: str) -> str:
     """What stands between the markers of this name."""
     match = re.search(f"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
@@ -55,7 +64,7 @@ def block(text: str, name: str) -> str:
 
 def render(text: str) -> str:
     """The README with its tables filled in."""
-    for name, make in (("models", models), ("nano", nano), ("lookup", lookup)):
+    for name, make in (("models", models), ("nano", nano), ("encode", encode), ("lookup", lookup)):
         block(text, name)
         filled = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
         text = re.sub(f"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, filled=filled: filled, text, flags=re.DOTALL)  # type: ignore[misc]

@@ -146,6 +146,7 @@ def decode(
 ) -> None:
     """Decode token files into media."""
     from tokenzoo import Tokens, load, media
+    from tokenzoo.tokenizers.errors import TokensError
 
     files = media.find(inputs, "tokens")
     suffix = media.DECODED_SUFFIX["image"]
@@ -156,6 +157,8 @@ def decode(
         rows = []
         for file in batch:
             tokens = Tokens.load(file)
+            if not (model or tokens.spec.name):
+                raise TokensError(f"{file} names no card: say with --model which tokenizer made it")
             tokenizer = tokenizer_of(model or tokens.spec.name)
             for i, item in enumerate(tokenizer.decode(tokens, native=native)):
                 place = where[file] if len(tokens) == 1 else where[file].with_stem(f"{where[file].stem}.{i}")

@@ -275,6 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Tensor& packe
 // Rows sorted by code (a counting sort keeps their order), then each code's rows summed by one thread.
 std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& ids, int64_t size) {
   const int64_t count = x.size(0), width = x.size(1);
+  STD_TORCH_CHECK(ids.numel() == count, "expected ", count, " ids, got ", ids.numel());
   const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
   Tensor counts = make(x, {size}, ScalarType::Float), sums = make(x, {size, width}, ScalarType::Float);
   std::vector<int64_t> start(size + 1);

@@ -30,8 +30,9 @@ def nearest(x: Tensor, codebook: Tensor, *, dot: bool) -> Tensor:
 
     Ties go to the lowest index, as do rows that are not finite; entries that are not finite are never chosen.
     """
-    mean, entries, bias = centred(codebook, dot=dot)
-    chunks = [_best(part - mean, entries, bias) for part in x.split(max(16, _CHUNK_SCORES // len(codebook)))]
+    with torch.autocast(x.device.type, enabled=False):
+        mean, entries, bias = centred(codebook, dot=dot)
+        chunks = [_best(part - mean, entries, bias) for part in x.split(max(16, _CHUNK_SCORES // len(codebook)))]
     return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.long, device=x.device)
 
 

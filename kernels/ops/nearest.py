@@ -20,11 +20,12 @@ class PackCache:
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
+        self._source: Tensor | None = None  # kept alive, so that its address cannot become another codebook's
         self._packed: Tensor | None = None
 
     def clear(self) -> None:
         """Forgets the packed codebook."""
-        self._key = self._packed = None
+        self._key = self._source = self._packed = None
 
     def get(self, entries: Tensor, source: Tensor, dot: bool, native: Any) -> Tensor:
         """The packed form of `entries`, which were derived from `source`."""
@@ -32,7 +33,7 @@ class PackCache:
             return native.pack(entries, dot)
         key = (source.data_ptr(), source._version, source.shape, source.dtype, dot)
         if self._packed is None or key != self._key:
-            self._key, self._packed = key, native.pack(entries, dot)
+            self._key, self._source, self._packed = key, source.detach(), native.pack(entries, dot)
         return self._packed
 
 

@@ -56,8 +56,13 @@ def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         How many vectors have each code, float32 `(size,)`, and their sums, float32 `(size, D)`.
+
+    Raises:
+        ValueError: If there is not one id per vector, or an id is out of range.
     """
-    rows, flat = as_rows(x), ids.reshape(-1)
+    rows, flat = as_rows(x), ids.reshape(-1).long()
+    if len(flat) != len(rows) or (len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < size):
+        raise ValueError(f"expected an id in [0, {size}) for each of {len(rows)} vectors, got {ids.shape = }")
     native = _native.library() if rows.device.type == "cpu" else None
     counts, sums = (native or _reference).code_sums(rows, flat.contiguous(), size)
     return counts, sums

@@ -50,7 +50,6 @@ def residual_quantize(x: Tensor, codebooks: Tensor) -> ResidualQuantized:
     return ResidualQuantized(ids, vectors)
 
 
-@torch.no_grad()
 def projected_residual_quantize(
     x: Tensor, codebooks: Tensor, projections: Projections, *, metric: str = "cosine"
 ) -> ResidualQuantized:
@@ -77,6 +76,13 @@ def projected_residual_quantize(
     if shapes != ((stages, narrow, wide), (stages, narrow), (stages, wide, narrow), (stages, wide)):
         raise ValueError(f"expected projections between {wide} and {narrow} for each of {stages} stages, got {shapes}")
     _check(x[..., :narrow], codebooks, narrow)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return _projected(x, codebooks, projections, metric)
+
+
+def _projected(x: Tensor, codebooks: Tensor, projections: Projections, metric: str) -> ResidualQuantized:
+    stages, _, narrow = codebooks.shape
+    wide = x.shape[-1]
     rows, entries = as_rows(x), codebooks.detach().float()
     in_weight, in_bias, out_weight, out_bias = (t.detach().float() for t in projections)
     out_stacked = out_weight.permute(0, 2, 1).reshape(stages * narrow, wide)

@@ -98,9 +98,10 @@ def test_any_leading_shape_and_strides(lane):
 
 
 def test_the_search_is_in_float32_under_autocast(lane):
-    x, codebook = torch.randn(64, 8).bfloat16(), torch.randn(128, 8)
+    x, codebook = torch.randn(640, 8), torch.randn(4096, 8)
+    expected = nearest(x, codebook)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(nearest(x, codebook), nearest(x.float(), codebook))
+        assert torch.equal(nearest(x, codebook), expected)
 
 
 def test_ids_do_not_depend_on_the_number_of_threads(lane):
@@ -209,3 +210,11 @@ def test_two_processes_compile_at_once(tmp_path):
     assert all(b"native" in process.communicate()[0] for process in running)
     assert len(list(tmp_path.rglob("*.so"))) == 1
     assert not list(tmp_path.rglob("*.o"))
+
+
+def test_the_cache_never_answers_for_a_codebook_that_is_gone(lane):
+    cache, x = PackCache(), torch.randn(50, 8)
+    for _ in range(30):
+        codebook = torch.randn(256, 8)
+        assert torch.equal(nearest(x, codebook, cache=cache), nearest(x, codebook))
+        del codebook

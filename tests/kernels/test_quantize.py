@@ -137,3 +137,11 @@ def test_kmeans_with_more_centroids_than_vectors(lane):
         kmeans(x[:0], 2)
     with pytest.raises(ValueError, match="at least one"):
         kmeans(x, 0)
+
+
+def test_code_sums_refuse_what_does_not_fit(lane):
+    x = torch.ones(4, 2)
+    assert code_sums(x, torch.tensor([0, 1, 1, 3], dtype=torch.int32), 4)[0].tolist() == [1, 2, 0, 1]
+    for ids in (torch.zeros(1, dtype=torch.long), torch.tensor([0, 1, 2, 4]), torch.tensor([0, 1, 2, -1])):
+        with pytest.raises(ValueError, match=r"expected an id in \[0, 4\)"):
+            code_sums(x, ids, 4)

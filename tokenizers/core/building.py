@@ -41,8 +41,11 @@ def build(cls: type[T], config: Mapping[str, Any], state: Mapping[str, Tensor], 
 
 
 def place(tokenizer: T, device: torch.device, dtype: torch.dtype | None) -> T:
-    """The tokenizer on its device, in the precision asked for."""
-    return tokenizer.to(device=device, dtype=dtype)
+    """The tokenizer on its device, in the precision asked for. Raises `ConfigError` where there is no such device."""
+    try:
+        return tokenizer.to(device=device, dtype=dtype)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def parse_device(device: str | torch.device) -> torch.device:

@@ -111,8 +111,11 @@ def read_image(item: Any) -> Image.Image | Tensor:
         return _open(io.BytesIO(item), f"these {len(item)} bytes")
     if isinstance(item, (str, os.PathLike)):
         path = Path(item)
-        if not path.exists():
-            raise MediaError(f"{path} does not exist")
+        try:
+            path.stat()
+        except (OSError, ValueError) as error:
+            shown = str(path) if len(str(path)) < 200 else f"{str(path)[:100]}... ({len(str(path))} characters)"
+            raise MediaError(f"{shown} does not exist, or cannot be read as a path: {error}") from error
         if path.is_dir():
             raise MediaError(f"{path} is a folder: pass its files, or use the command line, which takes folders")
         return _open(path, str(path))
@@ -137,8 +140,12 @@ def _open(source: Any, name: str) -> Image.Image | Tensor:
         raise MediaError(
             f"{name}: too large to decode safely ({error}): raise PIL.Image.MAX_IMAGE_PIXELS to allow it"
         ) from None
+    except MediaError:
+        raise
     except OSError as error:
         raise MediaError(f"{name}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # Pillow's readers answer damaged files with whatever their parsing stumbles over
+        raise MediaError(f"{name}: truncated or damaged: {error}") from error
 
 
 def _decode_pil(picture: Image.Image, name: str) -> Image.Image | Tensor:
@@ -147,14 +154,16 @@ def _decode_pil(picture: Image.Image, name: str) -> Image.Image | Tensor:
             picture.seek(0)
         picture.load()
         picture = ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+    except Exception as error:  # as above
         raise MediaError(f"{name}: truncated or damaged: {error}") from error
     if not picture.width or not picture.height:
         raise MediaError(f"{name}: has no pixels ({picture.width} x {picture.height})")
     if picture.mode == "F":
         return _from_array(np.asarray(picture), channels_last=True)
     if picture.mode.startswith("I"):
-        return _from_array(np.asarray(picture).clip(0, 65535).astype(np.uint16), channels_last=True)
+        grey = np.asarray(picture).clip(0, 65535)
+        deep = picture.mode != "I" or grey.max() > 255
+        return _from_array(grey.astype(np.uint16 if deep else np.uint8), channels_last=True)
     if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

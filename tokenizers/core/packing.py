@@ -69,10 +69,13 @@ def unpack(data: bytes) -> tuple[Tensor, Tensor, TokenSpec, dict[str, Tensor], l
         header = json.loads(zlib.decompress(data[_PREFIX.size : start]))
         spec = TokenSpec.from_dict(header["spec"])
         lengths = torch.tensor(header["lengths"], dtype=torch.long).reshape(header["batch"], spec.num_codebooks)
+        longest = max(8 * len(data), spec.max_tokens or 0)
+        if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= longest:
+            raise ValueError(f"lengths from {int(lengths.min())} to {int(lengths.max())} in {len(data)} bytes")
         ids, end = _read_ids(data, start, lengths, spec)
         extras = read_tensors(data[end:]) if header["extras"] else {}
         return ids, lengths, spec, extras, header["meta"]
-    except (ValueError, KeyError, TypeError, zlib.error, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, zlib.error, SafetensorError) as error:
         raise TokensError(f"this .tok container was not written by tokenzoo: {error}") from error
 
 

@@ -46,7 +46,7 @@ def ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
     """
     channels, height, width = original.shape[1:]
     taps = min(11, height - (height + 1) % 2, width - (width + 1) % 2)
-    offsets = torch.arange(taps, device=original.device, dtype=torch.float64) - (taps - 1) / 2
+    offsets = torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2
     kernel = torch.exp(-offsets.square() / (2 * 1.5**2))
     kernel = kernel / kernel.sum()
 
@@ -54,7 +54,7 @@ def ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
         rows = F.conv2d(x, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
         return F.conv2d(rows, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
 
-    x, y = reconstruction.double(), original.double()
+    x, y = reconstruction.cpu().double(), original.cpu().double()  # not every device has float64
     mean_x, mean_y = blur(x), blur(y)
     variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     covariance = blur(x * y) - mean_x * mean_y

@@ -6,6 +6,7 @@ A system is an `nn.Module` that subclasses `Tokenizer` once and implements `_des
 
 import dataclasses
 import hashlib
+import operator
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,7 @@ class Tokenizer(nn.Module):
         self.card_text = ""
         self.qualities: dict[str, Quality] = dict(QUALITIES)
         self._digest: str | None = None
+        self.register_load_state_dict_post_hook(_forget_digest)
 
     # -- hooks
 
@@ -245,8 +247,12 @@ class Tokenizer(nn.Module):
     def _check_length(self, length: int | Sequence[int] | None, count: int) -> list[int] | None:
         if length is None:
             return None
-        budgets = [length] * count if isinstance(length, int) else list(length)
-        if len(budgets) != count or not all(isinstance(n, int) and not isinstance(n, bool) for n in budgets):
+        try:
+            wanted = list(length) if isinstance(length, Sequence) else [length] * count
+            budgets = [operator.index(n) for n in wanted]
+        except TypeError:
+            budgets = []
+        if len(budgets) != count or any(isinstance(n, bool) for n in wanted):
             raise TokensError(f"expected length= a whole number, or one for each of {count} items, got {length!r}")
         info = self._describe()
         limit = len(info["codebook_sizes"]) if info.get("variable") == "codebooks" else info.get("max_tokens")
@@ -401,6 +407,11 @@ class Tokenizer(nn.Module):
         from tokenzoo.tokenizers import pretrained
 
         return pretrained.load(cls, source, **options)
+
+
+def _forget_digest(module: nn.Module, incompatible_keys: Any) -> None:
+    del incompatible_keys
+    module._digest = None  # type: ignore[assignment]
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

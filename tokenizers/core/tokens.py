@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import math
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import safetensors
 import torch
@@ -62,14 +63,19 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int | slice | Sequence[int]) -> "Tokens":
+    def __getitem__(self, index: SupportsIndex | slice | Sequence[int]) -> "Tokens":
         """Some items, as a batch again; padding beyond their longest sequence is cut off."""
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"expected an item in [0, {len(self)}), got {index}")
-            chosen = [index % len(self)]
+        if isinstance(index, slice):
+            chosen = list(range(len(self)))[index]
         else:
-            chosen = list(range(len(self)))[index] if isinstance(index, slice) else list(index)
+            wanted = list(index) if isinstance(index, Sequence) else [index]
+            if any(isinstance(i, bool) for i in wanted):
+                raise TokensError(f"expected item numbers, got the mask {index!r}")
+            chosen = [operator.index(i) for i in wanted]
+        for i in chosen:
+            if not -len(self) <= i < len(self):
+                raise IndexError(f"expected an item in [0, {len(self)}), got {i}")
+        chosen = [i % len(self) for i in chosen]
         lengths = self.lengths[chosen]
         longest = int(lengths.max()) if lengths.numel() else 0
         extras = {name: extra[chosen] for name, extra in self.extras.items()}
@@ -263,7 +269,7 @@ class Tokens:
             header = json.loads(json.loads(data[8 : 8 + header_length])["__metadata__"][_HEADER_KEY])
             extras = {k.removeprefix("extras."): v for k, v in tensors.items() if k.startswith("extras.")}
             tokens = cls(tensors["ids"], tensors["lengths"], TokenSpec.from_dict(header["spec"]), extras, header["meta"])
-        except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise TokensError(f"{path} holds no tokens: expected a .tok or .safetensors file that tokenzoo wrote") from error
         tokens.validate()
         return tokens

@@ -89,6 +89,9 @@ class SpectralCode(nn.Module):
     residual that the ids before it leave.
     """
 
+    bands: Tensor
+    columns: Tensor
+
     def __init__(self, config: OneDPieceNanoConfig, bands: Tensor) -> None:
         super().__init__()
         classes, tokens, dim = config.num_classes, config.num_tokens, config.code_dim
@@ -173,6 +176,7 @@ class OneDPieceNano(Tokenizer):
     modality: ClassVar[Modality] = "image"
     config_class: ClassVar[type[TokenizerConfig]] = OneDPieceNanoConfig
     config: OneDPieceNanoConfig
+    kept: Tensor
 
     def __init__(self, config: OneDPieceNanoConfig) -> None:
         super().__init__(config, Images(config.image_size, "stretch"))

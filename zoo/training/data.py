@@ -21,7 +21,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tokenzoo.tokenizers.files import write_atomically
+from tokenzoo.tokenizers.errors import MediaError
+from tokenzoo.tokenizers.files import replacing, write_atomically
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 STORE_VERSION = 1
@@ -129,16 +130,22 @@ class PhotoStore:
 
         Pictures that cannot be decoded raise; the first of several near-copies is kept.
         """
-        key = hashlib.sha256(json.dumps([STORE_VERSION, list(names), smallest, largest]).encode()).hexdigest()
+        facts = [(name, (status := (root / name).stat()).st_size, status.st_mtime_ns) for name in names]
+        identity = [STORE_VERSION, str(root.resolve()), facts, smallest, largest]
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         if (folder / "index.json").exists() and (store := cls(folder)).key == key:
             return store
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "index.json").unlink(missing_ok=True)
         kept: list[str] = []
         levels: list[tuple[int, int, int, int]] = []
         fingerprints: list[int] = []
-        with (folder / "pixels.u8").open("wb") as file:
+        with replacing(folder / "pixels.u8") as temporary, temporary.open("wb") as file:
             for name in names:
-                image = open_photo(root / name, largest)
+                try:
+                    image = open_photo(root / name, largest)
+                except Exception as error:  # Pillow's readers raise anything on damaged files
+                    raise MediaError(f"{root / name}: {error}: leave it out with data.exclude") from error
                 fingerprints.append(fingerprint(image))
                 if group_copies(fingerprints)[-1] != len(fingerprints) - 1:
                     continue
@@ -146,6 +153,8 @@ class PhotoStore:
                     levels.append((len(kept), file.tell(), level.shape[0], level.shape[1]))
                     file.write(level.tobytes())
                 kept.append(name)
+            if not levels:
+                raise MediaError(f"none of {len(names)} photos has a short side of {smallest} pixels: lower data.smallest")
         write_atomically(folder / "index.json", json.dumps({"key": key, "names": kept, "levels": levels}).encode())
         return cls(folder)
 

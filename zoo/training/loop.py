@@ -213,7 +213,10 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
     from tokenzoo.loading import load
 
     if recipe.start:
-        return load(recipe.start)
+        tokenizer = load(recipe.start)
+        # Weights that are trained further are no longer those of the card.
+        tokenizer.name, tokenizer.revision, tokenizer.card_text = "", None, ""
+        return tokenizer
     cls = registry.tokenizer_class(recipe.architecture)
     return cls(cls.config_class.from_dict(recipe.config))  # type: ignore[call-arg]
 

@@ -63,7 +63,7 @@ class Recipe:
         clip_norm: Largest norm of the gradient.
         ema_decay: Of the averaged weights, which are evaluated and exported.
         freeze: Globs of parameters that are not trained.
-        precision: `no`, `bf16` or `fp16`, as accelerate names it.
+        precision: `no` or `bf16`, as accelerate names them.
         seed: Of everything random.
         initialise_crops: Crops handed to the tokenizer's `initialise`, if it has one.
         log_every: Steps between lines of the log.
@@ -100,6 +100,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if bool(self.architecture) == bool(self.start):
             raise ConfigError("expected either architecture (train from scratch) or start (fine-tune) in the recipe")
+        if self.precision not in ("no", "bf16"):
+            raise ConfigError(f"recipe: expected precision to be no or bf16, got {self.precision!r}")
+        for name in ("steps", "batch_size", "log_every", "save_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"recipe: expected {name} of at least 1, got {getattr(self, name)}")
 
     @classmethod
     def read(cls, recipe: str | Path) -> "Recipe":
@@ -124,6 +129,9 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Builds the recipe from TOML or JSON values. Raises `ConfigError`."""
+        for table in ("data", "config"):
+            if not isinstance(values.get(table, {}), Mapping):
+                raise ConfigError(f"recipe: expected {table} to be a table, got {values[table]!r}")
         data = _build(DataRecipe, values.get("data", {}))
         return _build(cls, {**values, "data": data})
 

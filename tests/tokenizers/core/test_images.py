@@ -194,3 +194,22 @@ def test_every_size_and_mode_is_read(height, width, mode):
             assert tensor.shape == (3, 16, 16)
             assert tensor.dtype == torch.float32
             assert 0 <= float(tensor.min()) <= float(tensor.max()) <= 1
+
+
+@pytest.mark.parametrize(
+    "data", [b"P6\n4x 4\n255\n", b"II*\x00\x08\x00\x00\x00\x00\x00", b"\x89PNG\r\n\x1a\n\x00\x00\x00\x01IHDR"]
+)
+def test_whatever_a_parser_stumbles_over_is_a_media_error(data):
+    with pytest.raises(MediaError):
+        Images(16).read(data)
+
+
+def test_text_that_is_no_path_is_refused():
+    for text in ("A" * 5000, "a\0b"):
+        with pytest.raises(MediaError, match="does not exist"):
+            Images(16).read(text)
+
+
+def test_32_bit_greys_of_8_bit_pictures_stay_as_bright():
+    grey = noise(8, 8)
+    assert np.array_equal(pixels(Image.fromarray(grey).convert("I")), pixels(grey))

@@ -175,3 +175,16 @@ def test_configs_refuse_what_they_do_not_know(blocks_module):
         config.from_dict({"side": 5})
     with pytest.raises(ConfigError, match="int"):
         config.from_dict({"side": "4"})
+
+
+def test_loading_other_weights_changes_the_digest(tok):
+    tokens, state = tok.encode(pictures(1)), {name: 2 * value for name, value in tok.state_dict().items()}
+    tok.load_state_dict(state)
+    with pytest.raises(WrongTokenizerError):
+        tok.decode(tokens)
+
+
+def test_lengths_of_any_integer_type(tok):
+    assert tok.encode(pictures(2), length=np.int64(3)).equal(tok.encode(pictures(2), length=[np.int32(3), 3]))
+    with pytest.raises(TokensError, match=r"8\.0"):
+        tok.encode(pictures(2), length=8.0)

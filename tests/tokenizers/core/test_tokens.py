@@ -1,6 +1,8 @@
 import copy
+import json
 import zlib
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -210,3 +212,24 @@ def test_spec_round_trips_and_refuses_unknown_fields():
     assert TokenSpec.from_dict(spec.to_dict()) == spec
     with pytest.raises(TokensError, match="colour"):
         TokenSpec.from_dict({**spec.to_dict(), "colour": 1})
+
+
+def test_items_are_chosen_by_any_integers_but_not_by_masks():
+    tokens = example()
+    assert tokens[np.int64(1)].meta == tokens[torch.tensor(1)].meta == ({"i": 1},)
+    assert tokens[[2, -3]].meta == ({"i": 2}, {"i": 0})
+    with pytest.raises(TokensError, match="mask"):
+        tokens[[True, True, True]]
+    with pytest.raises(IndexError):
+        tokens[[0, 3]]
+
+
+@pytest.mark.parametrize(
+    "header", [{"spec": []}, {"lengths": [[10**14]]}, {"lengths": [[-1]]}, {"batch": 2}, {"meta": [{}, {}]}]
+)
+def test_crafted_headers_are_refused(header):
+    whole = {"spec": example(codebook_sizes=(1,)).spec.to_dict(), "lengths": [[3]], "batch": 1, "meta": [{}], "extras": False}
+    text = zlib.compress(json.dumps({**whole, **header}).encode())
+    rest = len(text).to_bytes(4, "little") + text
+    with pytest.raises(TokensError):
+        Tokens.unpack(b"TKZ1" + zlib.crc32(rest).to_bytes(4, "little") + rest)

@@ -75,10 +75,12 @@ def places(
     itself where that has one of `file_suffixes`.
 
     Raises:
-        MediaError: If two results would have one name.
+        MediaError: If two results would have one name, or a single result's file name has another suffix.
     """
     if len(files) == 1 and output.suffix in file_suffixes:
         return {files[0][0]: output}
+    if len(files) == 1 and file_suffixes and output.suffix and not output.is_dir():
+        raise MediaError(f"expected a folder, or a file name that ends in {' or '.join(file_suffixes)}, got {output}")
     found = {file: output / relative.with_name(relative.name + suffix) for file, relative in files}
     if len(set(found.values())) < len(files):
         raise MediaError("two inputs have the same name below their folders: take the folders one by one")

@@ -96,6 +96,7 @@ def test_roundtrip_measures(photos, tmp_path):
         (["encode", "{photos}", "-o", "{out}", "-t", "psnr"], "NAME=NUMBER"),
         (["encode", "{photos}", "-o", "{out}", "-t", "beauty=3"], "expected a target"),
         (["encode", "{photos}", "-o", "{out}", "--format", "zip"], "tok or safetensors"),
+        (["encode", "{photos}/a.jpg", "-o", "{out}/a.bin"], "ends in .tok or .safetensors"),
         (["encode", "{photos}/notes.txt", "-o", "{out}"], "not a picture"),
         (["decode", "{photos}/notes.txt", "-o", "{out}"], "notes.txt holds no tokens"),
         (["info", "nothing_like_it"], "nothing_like_it"),

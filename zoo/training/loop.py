@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from tokenzoo.tokenizers import Tokenizer
@@ -66,7 +66,8 @@ def train(recipe: Recipe, tokenizer: Tokenizer | None = None, *, resume: bool = 
     """
     output = Path(recipe.output)
     checkpoint = _find_checkpoint(output, resume)
-    crops = prepare_crops(recipe.data, output / "photos")
+    with PartialState().main_process_first():  # the others find the decoded photos ready
+        crops = prepare_crops(recipe.data, output / "photos")
     torch.manual_seed(recipe.seed)
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)

@@ -44,7 +44,7 @@ def place(tokenizer: T, device: torch.device, dtype: torch.dtype | None) -> T:
     """The tokenizer on its device, in the precision asked for. Raises `ConfigError` where there is no such device."""
     try:
         return tokenizer.to(device=device, dtype=dtype)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 

@@ -182,7 +182,8 @@ class Tokenizer(nn.Module):
             seed: For encoders that sample.
 
         Returns:
-            Tokens of all items, in order; each item has the ids it would get alone.
+            Tokens of all items, in order; each item has the ids it would get alone. (On a CPU exactly so; an accelerator's
+            batched arithmetic rounds otherwise, and can decide a near-tie between two codes the other way.)
 
         Raises:
             MediaError: If an item cannot be read as this modality.

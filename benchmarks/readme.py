@@ -20,7 +20,7 @@ def models() -> str:
     """One row per card."""
     lines = ["| name | size | licence of the weights | commercial use |", "|---|---|---|---|"]
     for card in cards().values():
-        size = "bundled" if card.bundled else f"{card.size_mb:,.0f} MB"
+        size = "bundled" if card.bundled else f"{card.size_mb:,.0f} MB" if card.size_mb else "not known"
         lines.append(
             f"| [`{card.name}`](cards/{card.name}.md) | {size} | {card.license} | {'yes' if card.commercial else 'no'} |"
         )

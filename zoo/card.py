@@ -10,8 +10,13 @@ A card is a markdown file `<architecture variant>.<tag>.md`. Its front matter ha
       config: {...}                 # values of the architecture's config
       source: {repo: org/name, revision: <40 hex digits>, file: model.safetensors, sha256: <64 hex digits>, adapter: published}
 
-and optionally `default`, `commercial`, `code_license`, `size_mb`, `params` and `metrics`. A source without `repo` is a file
-bundled with the package of the card.
+and optionally `default`, `commercial`, `code_license`, `size_mb`, `params` and `metrics`. Weights that are not on the Hub have
+`url` (an address that a program can download from), `page` (where a person gets the file, or reads about it) or both instead
+of `repo`:
+
+      source: {url: https://..., page: https://..., file: model.pth, adapter: published}
+
+A source with none of the three is a file bundled with the package of the card.
 """
 
 import re
@@ -33,6 +38,7 @@ _ARCHITECTURE = re.compile(r"[a-z0-9_]+")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_ADDRESS = re.compile(r"https://[^/\s]+/\S*")
 _COMMERCIAL = re.compile(
     r"apache-2\.0|mit(-0)?|0bsd|bsd(-.*)?|isc|zlib|unlicense|cc0-1\.0|cc-by-[\d.]+|cc-by-sa-[\d.]+|mpl-2\.0|bsl-1\.0|afl-3\.0"
 )
@@ -43,8 +49,11 @@ class Source:
     """Where weights are.
 
     Attributes:
-        file: Path inside the repository or, for bundled weights, inside the package.
-        repo: Hub repository; `None` for bundled weights.
+        file: Path inside the repository or, for bundled weights, inside the package; the name under which a file from
+            elsewhere is kept.
+        repo: Hub repository.
+        url: Address of the file, for weights that are not on the Hub.
+        page: Where a person finds the file, for weights that are not on the Hub; without `url` it is downloaded by hand.
         revision: Commit of the repository, 40 hexadecimal digits; `None` for its main branch.
         sha256: Of the file, where known.
         adapter: Published layout, a key of the architecture's `adapters`; `None` for our own layout.
@@ -52,6 +61,8 @@ class Source:
 
     file: str
     repo: str | None = None
+    url: str | None = None
+    page: str | None = None
     revision: str | None = None
     sha256: str | None = None
     adapter: str | None = None
@@ -63,10 +74,24 @@ class Source:
         _match(_REPOSITORY, "source.repo", self.repo, "org/name")
         _match(_REVISION, "source.revision", self.revision, "a commit, 40 hexadecimal digits")
         _match(_SHA256, "source.sha256", self.sha256, "64 hexadecimal digits")
+        _match(_ADDRESS, "source.url", self.url, "an https address")
+        _match(_ADDRESS, "source.page", self.page, "an https address")
+        if self.repo is not None and self.outside:
+            raise ConfigError("expected source.repo, or source.url and source.page: a file of the Hub needs no other address")
         if self.repo is None and self.revision is not None:
-            raise ConfigError("expected source.repo beside source.revision: bundled weights have no revisions")
-        if self.repo is None and path.suffix != ".safetensors":
+            raise ConfigError("expected source.repo beside source.revision: weights that are not on the Hub have no revisions")
+        if self.bundled and path.suffix != ".safetensors":
             raise ConfigError(f"expected bundled weights to be safetensors, got source.file = {self.file!r}")
+
+    @property
+    def outside(self) -> bool:
+        """Whether the file is published elsewhere than on the Hub."""
+        return self.url is not None or self.page is not None
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the file came with the package of the card."""
+        return self.repo is None and not self.outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +148,7 @@ class Card:
     @property
     def bundled(self) -> bool:
         """Whether the weights came with the package, so that loading needs no network."""
-        return self.source.repo is None
+        return self.source.bundled
 
     @cached_property
     def body(self) -> str:
@@ -209,6 +234,8 @@ def _card_from(name: str, text: str, package: str) -> Card:
         source=Source(
             file=source.take("file", str),
             repo=source.take("repo", str, None),
+            url=source.take("url", str, None),
+            page=source.take("page", str, None),
             revision=source.take("revision", str, None),
             sha256=source.take("sha256", str, None),
             adapter=source.take("adapter", str, None),

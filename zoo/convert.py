@@ -11,8 +11,8 @@ from tokenzoo.tokenizers.errors import WeightsError
 def convert(source_file: str | os.PathLike[str], name: str, folder: str | os.PathLike[str]) -> Path:
     """Turns published weights that you have on disk into a folder that `tokenzoo.load` reads.
 
-    For machines without a network: fetch the file that the card names with any tool (`info(name).source` gives repository,
-    revision and file), carry it over, and convert it once.
+    For machines without a network, and for weights that only a browser can fetch: get the file that the card names with any
+    tool (`info(name).source` gives repository, revision and file, or an address), carry it over, and convert it once.
 
         >>> tokenzoo.convert("pytorch_model.bin", "one_d_piece_s.in1k_256", "one_d_piece_s")
         >>> tok = tokenzoo.load("./one_d_piece_s")

@@ -1,17 +1,20 @@
 """Published checkpoints: downloaded, checked, read without executing anything, and adapted to our own layout.
 
+Most lie on the Hub; `tokenzoo.outside` gets those that do not.
+
 Safetensors are read as they are. A pickle is read once, with `weights_only=True`, and its adapted weights are kept as
 safetensors in the cache. What was checked and converted lies in `tokenzoo/` of huggingface_hub's assets cache, or of
 `cache_dir`.
 """
 
+import argparse
 import hashlib
 import json
 import logging
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tokenzoo.card import Card
+from tokenzoo.outside import published_file
 from tokenzoo.registry import closest, tokenizer_class
 from tokenzoo.tokenizers.adapter import Adapter
 from tokenzoo.tokenizers.building import build
@@ -61,16 +65,21 @@ def load_card(
         local_files_only: Use the cache only.
 
     Raises:
-        ConfigError: If the card's config is not one that the architecture takes, or bundled weights are asked for by revision.
+        ConfigError: If the card's config is not one that the architecture takes, or weights that are not on the Hub are asked
+            for by revision.
         DownloadError: If the file cannot be had.
         UnknownTokenizerError: If the card's architecture or adapter is not known.
         WeightsError: If the weights are damaged, do not fit, or would execute code when read.
     """
     cls = tokenizer_class(card.architecture)
     adapter = find_adapter(card, cls)
+    own_cache = (cache_dir or Path(constants.HF_ASSETS_CACHE)) / "tokenzoo"
+    if card.source.repo is None and revision is not None:
+        where = "came with the package" if card.bundled else "is not on the Hub"
+        raise ConfigError(f"{card.name} {where} and has no revisions: expected no revision={revision!r}")
+    if card.source.outside:
+        return _load_outside(card, cls, adapter, own_cache, local_files_only)
     if card.bundled:
-        if revision is not None:
-            raise ConfigError(f"{card.name} came with the package and has no revisions: expected no revision={revision!r}")
         return assemble(card, cls, _bundled_state(card, adapter), None)
     wanted = revision or card.source.revision
     path = fetch(
@@ -82,7 +91,6 @@ def load_card(
         local_files_only=local_files_only,
     )
     trusted = card.source.sha256 if wanted == card.source.revision else None
-    own_cache = (cache_dir or Path(constants.HF_ASSETS_CACHE)) / "tokenzoo"
     with forgetting_damaged(path):
         _verify_once(path, trusted or _sha256_by_name(path), own_cache)
         state = _adapted(path, adapter, own_cache)
@@ -139,6 +147,14 @@ def verify(path: Path, expected: str | None) -> None:
 
 
 # -- parts
+
+
+def _load_outside(card: Card, cls: "type[Tokenizer]", adapter: Adapter, own_cache: Path, local_files_only: bool) -> "Tokenizer":
+    """A damaged file is forgotten only if it can be downloaded again: the user's own copy is left where it is."""
+    path = published_file(card, own_cache, local_files_only=local_files_only)
+    with forgetting_damaged(path) if card.source.url else nullcontext():
+        _verify_once(path, card.source.sha256, own_cache)
+        return assemble(card, cls, _adapted(path, adapter, own_cache), None)
 
 
 def _bundled_state(card: Card, adapter: Adapter) -> State:
@@ -198,10 +214,16 @@ def _adapted(path: Path, adapter: Adapter, own_cache: Path) -> State:
 
 
 def _key(path: Path, adapter: Adapter) -> str:
-    """Names a conversion by its content, its place in the repository, and the adapter's rules."""
-    at = path.parts.index("snapshots") - 1 if "snapshots" in path.parts else 0
+    """Names a conversion by its content, its place in the repository, and the adapter's rules.
+
+    A file from elsewhere than the Hub has no name that tells its content, but a size and a date.
+    """
+    if "snapshots" in path.parts:
+        place, content = "/".join(path.parts[path.parts.index("snapshots") - 1 :]), _content_name(path)
+    else:
+        place, content = str(path), f"{path.stat().st_size} {path.stat().st_mtime_ns}"
     rules = re.sub(r"0x[0-9a-f]+", "", repr(adapter))
-    identity = f"{CONVERTED_VERSION}|{'/'.join(path.parts[at:])}|{_content_name(path)}|{rules}"
+    identity = f"{CONVERTED_VERSION}|{place}|{content}|{rules}"
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
@@ -243,10 +265,12 @@ def _warn_uncached(path: Path, error: Exception) -> None:
 
 
 def _read_pickle(path: Path, adapter: Adapter) -> Mapping[str, Any]:
+    """The state dict in a pickle; of classes, only that in which training scripts keep their arguments is known to it."""
     try:
         with path.open("rb") as file:
             zipped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # attributes, nothing else
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         if match := _REFUSED.search(str(error)):
             raise WeightsError(f"{path} would execute code when read ({match[1]}): refused, nothing was executed") from error

@@ -205,6 +205,8 @@ class _Cdn(_Handler):
         if self.command == "PUT":
             self.state.uploads[digest] = self.body
             return self.answer(200)
+        if digest not in self.state.uploads:
+            return self.answer(404)
         data = self.state.uploads[digest]
         if self.state.shorts:
             self.state.shorts -= 1

@@ -51,6 +51,14 @@ def test_a_source_without_a_repository_is_bundled():
     assert card(front).source.adapter is None
 
 
+@pytest.mark.parametrize("where", ['url: "https://files.example/a.pth?dl=1"', "page: https://a.example/#weights"])
+def test_a_source_with_an_address_is_neither_bundled_nor_on_the_hub(where):
+    made = card(FRONT.replace(f"repo: org/name, revision: {COMMIT}, file: model.safetensors", f"{where}, file: a.pth"))
+    assert (made.bundled, made.source.outside, made.source.repo) == (False, True, None)
+    kind, _, address = where.partition(": ")
+    assert made.summary()["source"][kind] == address.strip('"')
+
+
 def test_windows_line_ends_and_a_byte_order_mark_are_read():
     text = f"\ufeff---\n{FRONT}---\n# T\n".replace("\n", "\r\n")
     assert parse_card("titok_s128.in1k", text).params == 83900000
@@ -90,7 +98,12 @@ def test_a_card_may_say_itself_whether_commercial_use_is_allowed():
         (f"revision: {COMMIT}", "revision: main", "40 hexadecimal digits"),
         (f"revision: {COMMIT}", f"revision: {'1' * 40}", "put it in quotes"),
         (f"sha256: {SHA}", "sha256: abc", "64 hexadecimal digits"),
-        (f"repo: org/name, revision: {COMMIT}", f"revision: {COMMIT}", "bundled weights have no revisions"),
+        (f"repo: org/name, revision: {COMMIT}", f"revision: {COMMIT}", "weights that are not on the Hub have no revisions"),
+        (f"revision: {COMMIT}", "url: https://files.example/a.pth", "a file of the Hub needs no other address"),
+        (f"repo: org/name, revision: {COMMIT}", f"page: https://a.example/, revision: {COMMIT}", "have no revisions"),
+        (f"repo: org/name, revision: {COMMIT}", "url: http://files.example/a.pth", "an https address"),
+        (f"repo: org/name, revision: {COMMIT}", "url: file:///etc/passwd", "an https address"),
+        (f"repo: org/name, revision: {COMMIT}", "page: ask the authors", "an https address"),
         (f"repo: org/name, revision: {COMMIT}, file: model.safetensors", "file: model.bin", "to be safetensors"),
         ("params: 83900000", "params: many", "of type int"),
         ("params: 83900000", "params: true", "of type int"),

@@ -25,6 +25,7 @@ CARDS_GROUP = "tokenzoo.cards"
 _BUILTIN = {
     "one_d_piece": "tokenzoo.tokenizers.image.one_d_piece:OneDPiece",
     "one_d_piece_nano": "tokenzoo.tokenizers.image.one_d_piece_nano:OneDPieceNano",
+    "retok": "tokenzoo.tokenizers.image.retok:ReToK",
     "tatitok": "tokenzoo.tokenizers.image.tatitok:TATiTok",
     "titok": "tokenzoo.tokenizers.image.titok:TiTok",
 }

@@ -25,12 +25,13 @@ class Images:
 
     Attributes:
         size: Height and width the network sees, in pixels.
-        fit: `"crop"` resizes the short side to `size` and keeps the centre, as the published tokenizers were evaluated;
-            `"stretch"` resizes both sides, so that nothing is lost.
+        fit: `"crop"` resizes the short side to `size` and keeps the centre, as most published tokenizers were evaluated;
+            `"adm"` does so as ADM (https://arxiv.org/abs/2105.05233) and its heirs do, first halving a picture with a box
+            filter while its short side is at least twice `size`; `"stretch"` resizes both sides, so that nothing is lost.
     """
 
     size: int
-    fit: Literal["crop", "stretch"] = "crop"
+    fit: Literal["crop", "adm", "stretch"] = "crop"
 
     def items(self, media: Any) -> Sequence[Any]:
         """The pictures in what the user passed: a list, the first dimension of a 4-D array, or the one picture."""
@@ -58,7 +59,7 @@ class Images:
             height, width = picture.shape[1:]
             tensor = self._resize_tensor(picture)
         side = min(height, width)
-        restored = [side, side] if self.fit == "crop" else [height, width]
+        restored = [height, width] if self.fit == "stretch" else [side, side]
         return tensor.contiguous(), {"size": restored, "source_size": [height, width]}
 
     def restore(self, reconstruction: Tensor, meta: Mapping[str, Any]) -> Tensor:
@@ -71,22 +72,35 @@ class Images:
         if self.fit == "stretch":
             return self.size, self.size
         short = min(height, width)
-        return (self.size, int(self.size * width / short)) if height == short else (int(self.size * height / short), self.size)
+        whole = int if self.fit == "crop" else round
+        return (
+            (self.size, whole(self.size * width / short)) if height == short else (whole(self.size * height / short), self.size)
+        )
 
     def _resize_pil(self, picture: Image.Image) -> Image.Image:
-        if self.fit == "crop":
+        if self.fit != "stretch":
             picture = _limit_aspect(picture)
+        while self.fit == "adm" and min(picture.size) >= 2 * self.size:
+            picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
         height, width = self._plan(picture.height, picture.width)
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        top, left = self._margins(height, width)
         return picture.crop((left, top, left + self.size, top + self.size))
 
     def _resize_tensor(self, picture: Tensor) -> Tensor:
+        while self.fit == "adm" and min(picture.shape[1:]) >= 2 * self.size:
+            height, width = picture.shape[1:]
+            picture = F.interpolate(picture[None], (height // 2, width // 2), mode="area")[0]
         height, width = self._plan(*picture.shape[1:])
         picture = _resample(picture, height, width)
-        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        top, left = self._margins(height, width)
         return picture[:, top : top + self.size, left : left + self.size]
+
+    def _margins(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns before the centre."""
+        above, before = height - self.size, width - self.size
+        return (above // 2, before // 2) if self.fit == "adm" else (round(above / 2), round(before / 2))
 
 
 def read_image(item: Any) -> Image.Image | Tensor:

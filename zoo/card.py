@@ -57,6 +57,8 @@ class Source:
         revision: Commit of the repository, 40 hexadecimal digits; `None` for its main branch.
         sha256: Of the file, where known.
         adapter: Published layout, a key of the architecture's `adapters`; `None` for our own layout.
+        config: Path of the published config in the repository, whose values go before those of the card's config; only the
+            architecture's own reader sees it, and nothing that it names is imported.
     """
 
     file: str
@@ -66,11 +68,16 @@ class Source:
     revision: str | None = None
     sha256: str | None = None
     adapter: str | None = None
+    config: str | None = None
 
     def __post_init__(self) -> None:
         path = PurePosixPath(self.file)
-        if path.is_absolute() or ".." in path.parts or "\\" in self.file or not path.name:
-            raise ConfigError(f"expected source.file to be a relative path, got {self.file!r}")
+        for what, name in (("file", self.file), ("config", self.config or "config.json")):
+            parts = PurePosixPath(name)
+            if parts.is_absolute() or ".." in parts.parts or "\\" in name or not parts.name:
+                raise ConfigError(f"expected source.{what} to be a relative path, got {name!r}")
+        if self.config is not None and self.repo is None:
+            raise ConfigError("expected source.repo beside source.config: only a repository has a published config")
         _match(_REPOSITORY, "source.repo", self.repo, "org/name")
         _match(_REVISION, "source.revision", self.revision, "a commit, 40 hexadecimal digits")
         _match(_SHA256, "source.sha256", self.sha256, "64 hexadecimal digits")
@@ -239,6 +246,7 @@ def _card_from(name: str, text: str, package: str) -> Card:
             revision=source.take("revision", str, None),
             sha256=source.take("sha256", str, None),
             adapter=source.take("adapter", str, None),
+            config=source.take("config", str, None),
         ),
     )
     ours.refuse_the_rest()

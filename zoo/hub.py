@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tokenzoo.card import Card
 from tokenzoo.outside import published_file
+from tokenzoo.published import with_published_config
 from tokenzoo.registry import closest, tokenizer_class
 from tokenzoo.tokenizers.adapter import Adapter
 from tokenzoo.tokenizers.building import build
@@ -82,14 +83,19 @@ def load_card(
     if card.bundled:
         return assemble(card, cls, _bundled_state(card, adapter), None)
     wanted = revision or card.source.revision
-    path = fetch(
-        str(card.source.repo),
-        card.source.file,
-        revision=wanted,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-    )
+
+    def get(repo: str, file: str) -> Path:
+        return fetch(
+            repo,
+            file,
+            revision=wanted if repo == card.source.repo else None,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+
+    card = with_published_config(card, cls, get)
+    path = get(str(card.source.repo), card.source.file)
     trusted = card.source.sha256 if wanted == card.source.revision else None
     with forgetting_damaged(path):
         _verify_once(path, trusted or _sha256_by_name(path), own_cache)

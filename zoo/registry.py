@@ -23,6 +23,7 @@ TOKENIZERS_GROUP = "tokenzoo.tokenizers"
 CARDS_GROUP = "tokenzoo.cards"
 
 _BUILTIN = {
+    "flextok": "tokenzoo.tokenizers.image.flextok:FlexTok",
     "one_d_piece": "tokenzoo.tokenizers.image.one_d_piece:OneDPiece",
     "one_d_piece_nano": "tokenzoo.tokenizers.image.one_d_piece_nano:OneDPieceNano",
     "retok": "tokenzoo.tokenizers.image.retok:ReToK",

@@ -250,16 +250,18 @@ _PUBLISHED_KEYS = {
 }
 
 
-def config_from_published(published: Mapping[str, Any]) -> dict[str, Any]:
+def config_from_published(published: Mapping[str, Any], related: object = None) -> dict[str, Any]:
     """The values of our config that the `config.json` of a published repository stands for.
 
     Args:
         published: The nested form, `{"model": {"vq_model": {...}}, "dataset": {"preprocessing": {...}}}`. Keys that it
             leaves out have the values that the reference implementation gives them.
+        related: Without effect: these configs refer to no others.
 
     Raises:
         ConfigError: If a part is missing, or a key or value is not one of this architecture's.
     """
+    del related
     try:
         values: dict[str, Any] = dict(published["model"]["vq_model"])
         sizes = [_SIZES[values[f"vit_{side}_model_size"]] for side in ("enc", "dec")]

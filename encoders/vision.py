@@ -1,0 +1,46 @@
+"""Patch features of a frozen vision network from timm, such as DINOv2 (https://arxiv.org/abs/2304.07193), to train against."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class VisionFeatures:
+    """What a vision transformer sees in each cell of a grid. Not a module, so that no tokenizer saves its weights.
+
+    Args:
+        network: A vision transformer of timm's. It is frozen here.
+        grid: Cells along one side of the features; images are resized to this many patches.
+    """
+
+    def __init__(self, network: nn.Module, grid: int) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.size = grid * int(network.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
+        pretrained = network.pretrained_cfg  # type: ignore[union-attr]
+        self.mean, self.deviation = (torch.tensor(pretrained[key])[:, None, None] for key in ("mean", "std"))  # type: ignore[index]
+
+    @classmethod
+    def load(cls, name: str, grid: int, *, pretrained: bool = True) -> "VisionFeatures":
+        """A network of timm's by its name, such as `vit_large_patch14_dinov2`, with weights from the Hub.
+
+        Raises:
+            ValueError: If timm has no network of this name.
+        """
+        import timm
+
+        if name not in timm.list_models(module="vision_transformer", pretrained=False) + timm.list_pretrained():
+            raise ValueError(
+                f"expected the name of a vision transformer in timm, such as vit_large_patch14_dinov2, got {name!r}"
+            )
+        network = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+        return cls(network, grid)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features `[B, grid * grid, D]`, rows first, of images `[B, 3, H, W]` in [0, 1]."""
+        self.network.to(images.device, images.dtype)
+        if images.shape[-1] != self.size:
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        images = (images - self.mean.to(images)) / self.deviation.to(images)
+        features: Tensor = self.network.forward_features(images)  # type: ignore[operator]
+        return features[:, self.network.num_prefix_tokens :]  # type: ignore[misc]

@@ -22,15 +22,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x_BLD: Tensor, keep: slice | None = None) -> Tensor:
-        """Attention from the positions `keep` (all if `None`) to every position: `[B, kept, D]`."""
+    def forward(self, x_BLD: Tensor, keep: slice | None = None, mask: Tensor | None = None) -> Tensor:
+        """Attention from the positions `keep` (all if `None`) to those where `mask`, bool `[B, L]`, is true: `[B, kept, D]`."""
         if keep is None:
             q, k, v = self._heads(self.qkv(x_BLD), 3)
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
             (q,) = self._heads(F.linear(x_BLD[:, keep], weight[: self.dim], bias[: self.dim]), 1)
             k, v = self._heads(F.linear(x_BLD, weight[self.dim :], bias[self.dim :]), 2)
-        x_BHLD = F.scaled_dot_product_attention(q, k, v)
+        x_BHLD = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
         return self.out(x_BHLD.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -62,10 +62,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim)
 
-    def forward(self, x_BLD: Tensor, keep: slice | None = None) -> Tensor:
-        """The block's output at the positions `keep` (all if `None`): `[B, kept, D]`."""
+    def forward(self, x_BLD: Tensor, keep: slice | None = None, mask: Tensor | None = None) -> Tensor:
+        """The block's output at the positions `keep` (all if `None`): `[B, kept, D]`; `mask` as in `Attention`."""
         kept = x_BLD if keep is None else x_BLD[:, keep]
-        x_BLD = kept + self.attention(self.norm1(x_BLD), keep)
+        x_BLD = kept + self.attention(self.norm1(x_BLD), keep, mask)
         return x_BLD + self.mlp(self.norm2(x_BLD))
 
 
@@ -78,11 +78,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(num_layers))
         self.norm_post = nn.LayerNorm(dim)
 
-    def forward(self, x_BLD: Tensor, keep: slice) -> Tensor:
-        """Outputs at the positions `keep`, after attention over all of them: `[B, kept, D]`."""
+    def forward(self, x_BLD: Tensor, keep: slice, mask: Tensor | None = None) -> Tensor:
+        """Outputs at the positions `keep`, after attention over all of them (or those in `mask`, `[B, L]`): `[B, kept, D]`."""
+        return self.norm_post(self.hidden(x_BLD, keep, mask))
+
+    def hidden(self, x_BLD: Tensor, keep: slice, mask: Tensor | None = None) -> Tensor:
+        """As `forward`, without the last LayerNorm."""
         x_BLD = self.norm_pre(x_BLD)
         *blocks, last = self.blocks
         for block in blocks:
-            x_BLD = block(x_BLD)
-        x_BLD = last(x_BLD, keep)
-        return self.norm_post(x_BLD)
+            x_BLD = block(x_BLD, None, mask)
+        return last(x_BLD, keep, mask)

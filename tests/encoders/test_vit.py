@@ -36,3 +36,11 @@ def test_gradients_reach_what_is_not_kept():
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="num_heads = 3"):
         Attention(16, 3)
+
+
+def test_masked_positions_are_as_if_they_were_not_there():
+    transformer, x = Transformer(16, 3, 2), torch.randn(2, 9, 16)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[:, [2, 5, 6]] = False
+    masked = transformer(x, slice(None), mask)[mask].unflatten(0, (2, 6))
+    torch.testing.assert_close(masked, transformer(x[mask].unflatten(0, (2, 6)), slice(None)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenzoo.kernels import _native
-from tokenzoo.kernels.nearest import as_rows, needs_op
+from tokenzoo.kernels.nearest import _has_triton, as_rows, needs_op
 
 _SLACK = 1e-3
 
@@ -54,15 +54,15 @@ def fsq_quantize(z: Tensor, levels: Sequence[int]) -> ScalarQuantized:
 
 def fsq_codes(ids: Tensor, levels: Sequence[int]) -> Tensor:
     """Codes float32 `(..., D)` of ids int64 `(...)`; the inverse of `fsq_indices`."""
-    steps = _steps(_check(levels), ids.device)
-    level = ids[..., None] // steps.basis.long() % torch.tensor(levels, device=ids.device)
-    return level * steps.scale + steps.shift
+    scale, shift, basis = _scale(_check(levels), ids.device)
+    level = ids[..., None] // basis.long() % torch.tensor(levels, device=ids.device)
+    return level * scale + shift
 
 
 def fsq_indices(codes: Tensor, levels: Sequence[int]) -> Tensor:
     """Ids int64 `(...)` of codes `(..., D)` as `fsq_quantize` returns them."""
-    steps = _steps(_check(levels), codes.device)
-    return (((codes.float() - steps.shift) / steps.scale).round().long() * steps.basis.long()).sum(-1)
+    scale, shift, basis = _scale(_check(levels), codes.device)
+    return (((codes.float() - shift) / scale).round().long() * basis.long()).sum(-1)
 
 
 def _check(levels: Sequence[int]) -> tuple[int, ...]:
@@ -79,8 +79,15 @@ def _constants(levels: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     return half, offset, (offset / half).atanh()
 
 
+def _scale(levels: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What turns levels into codes, `level * scale + shift`, and into ids, the sum of `level * basis`; each `(D,)`."""
+    half_width = torch.tensor([n // 2 for n in levels], dtype=torch.float32, device=device)
+    basis = torch.tensor([math.prod(levels[:d]) for d in range(len(levels))], dtype=torch.int32, device=device)
+    return 1 / half_width, -torch.ones_like(half_width), basis
+
+
 @functools.lru_cache(maxsize=64)
-def _cpu_steps(levels: tuple[int, ...]) -> _Steps:
+def _steps(levels: tuple[int, ...], device: torch.device) -> _Steps:
     half, offset, shift = _constants(levels)
     half_width = torch.tensor([n // 2 for n in levels], dtype=torch.float32)
     most = max(levels) - 1
@@ -91,13 +98,9 @@ def _cpu_steps(levels: tuple[int, ...]) -> _Steps:
         reached = (torch.tanh(_from_ordered(middle) + shift) * half - offset).round() >= wanted
         low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
     exists = torch.arange(1, most + 1)[:, None] < torch.tensor(levels)
-    thresholds = torch.where(exists, _from_ordered(high), torch.inf).contiguous()
-    basis = torch.tensor([math.prod(levels[:d]) for d in range(len(levels))], dtype=torch.int32)
-    return _Steps(thresholds, 1 / half_width, -torch.ones(len(levels)), basis)
-
-
-def _steps(levels: tuple[int, ...], device: torch.device) -> _Steps:
-    return _Steps(*(t.to(device) for t in _cpu_steps(levels)))
+    # Not even an infinity reaches a NaN.
+    thresholds = torch.where(exists, _from_ordered(high), torch.nan).contiguous()
+    return _Steps(thresholds.to(device), *_scale(levels, device))
 
 
 def _to_ordered(x: Tensor) -> Tensor:
@@ -113,9 +116,16 @@ def _from_ordered(order: Tensor) -> Tensor:
 
 def _quantize(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
     rows, steps = as_rows(z), _steps(tuple(levels), z.device)
+    if rows.is_cuda and _has_triton():
+        from tokenzoo.kernels import _triton_scalar
+
+        codes, ids = _triton_scalar.fsq(rows, *steps)
+        return codes.reshape(z.shape), ids.reshape(z.shape[:-1])
     native = _native.library() if rows.device.type == "cpu" else None
     if native is None:
-        level = (rows[:, None] >= steps.thresholds).sum(1)
+        level = torch.zeros_like(rows, dtype=torch.int32)
+        for threshold in steps.thresholds:
+            level += rows >= threshold
         codes, ids = level * steps.scale + steps.shift, (level * steps.basis).sum(-1)
     else:
         codes, ids = native.fsq(rows, *steps)
@@ -141,8 +151,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, list[int]], output: tuple[Tensor, Ten
 def _backward(ctx: Any, grad_codes: Tensor, _: Tensor) -> tuple[Tensor, None]:
     (z,) = ctx.saved_tensors
     half, _offset, shift = (t.to(z.device) for t in _constants(ctx.levels))
-    width = torch.tensor([float(n // 2) for n in ctx.levels], device=z.device)
-    slope = (1 - torch.tanh(z.float() + shift).square()) * half / width
+    slope = (1 - torch.tanh(z.float() + shift).square()) * half * _scale(ctx.levels, z.device)[0]
     return (grad_codes * slope).to(z.dtype), None
 
 

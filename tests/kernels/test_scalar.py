@@ -42,6 +42,12 @@ def test_fsq_ids_cover_the_codebook(lane, levels):
     assert int(fsq_quantize(torch.full((1, len(levels)), float("nan")), levels).ids) == 0
 
 
+def test_fsq_ids_stay_in_range_whatever_the_input(lane):
+    z = torch.tensor([[float("inf")] * 3, [float("-inf")] * 3, [float("nan")] * 3])
+    assert fsq_quantize(z, (8, 5, 2)).ids.tolist() == [79, 0, 0]
+    assert fsq_quantize(z, (8, 5, 2)).codes.abs().max() == 1
+
+
 def test_fsq_gradients_are_those_of_the_published_form(lane):
     levels = (8, 5, 3)
     gradients = []

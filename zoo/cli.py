@@ -4,7 +4,7 @@ Exit codes: 0 all went well; 1 some files failed, the rest is done; 2 nothing co
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Images to tokens and back. Exit codes: 0 done, 1 some files failed, 2 nothing could be done, 130 interrupted.",
+    help="Media to tokens and back. Exit codes: 0 done, 1 some files failed, 2 nothing could be done, 130 interrupted.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -32,7 +32,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Card name, hf-hub:org
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 Inputs = Annotated[list[Path], typer.Argument(help="Files, or folders to search.", show_default=False)]
 Length = Annotated[int | None, typer.Option("--length", "-n", help="Tokens (or codebooks) per item.")]
-Target = Annotated[list[str] | None, typer.Option("--target", "-t", help="Quality to reach, such as psnr=28 or ssim=0.9.")]
+Target = Annotated[list[str] | None, typer.Option("--target", "-t", help="What to reach, such as psnr=28, ssim=0.9 or kbps=6.")]
 
 
 def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -141,7 +141,7 @@ def decode(
     output: Annotated[Path, typer.Option("--out", "-o", help="Folder, or a file for one input.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="By default the one that made the tokens.")] = None,
     device: Device = "cpu",
-    native: Annotated[bool, typer.Option("--native", help="Keep the network's own resolution.")] = False,
+    native: Annotated[bool, typer.Option("--native", help="Keep the network's own resolution or sample rate.")] = False,
     as_json: Json = False,
 ) -> None:
     """Decode token files into media."""
@@ -149,8 +149,8 @@ def decode(
     from tokenzoo.tokenizers.errors import TokensError
 
     files = media.find(inputs, "tokens")
-    suffix = media.DECODED_SUFFIX["image"]
-    where = places(files, output, suffix, (suffix,))
+    suffixes = tuple(media.DECODED_SUFFIX.values())
+    where = places(files, output, "", suffixes)
     tokenizer_of = functools.cache(functools.partial(load, device=device))
 
     def work(batch: Sequence[Path]) -> list[Row]:
@@ -160,9 +160,10 @@ def decode(
             if not (model or tokens.spec.name):
                 raise TokensError(f"{file} names no card: say with --model which tokenizer made it")
             tokenizer = tokenizer_of(model or tokens.spec.name)
+            target = _decoded_name(where[file], tokenizer.modality, given=where[file] == output)
             for i, item in enumerate(tokenizer.decode(tokens, native=native)):
-                place = where[file] if len(tokens) == 1 else where[file].with_stem(f"{where[file].stem}.{i}")
-                media.write(item, place, tokenizer.modality)
+                place = target if len(tokens) == 1 else target.with_stem(f"{target.stem}.{i}")
+                media.write(item, place, tokenizer.modality, sample_rate=_sample_rate(tokenizer, tokens.meta[i], native))
                 rows.append({"file": str(file), "out": str(place), **_sizes(tokens[i])})
         return rows
 
@@ -192,7 +193,8 @@ def roundtrip(
         for file in batch:
             tokens = tokenizer.encode(file, length=length, target=qualities)
             if output:
-                media.write(tokenizer.decode(tokens)[0], where[file], tokenizer.modality)
+                rate = _sample_rate(tokenizer, tokens.meta[0], native=False)
+                media.write(tokenizer.decode(tokens)[0], where[file], tokenizer.modality, sample_rate=rate)
             rows.append({"file": str(file), **_sizes(tokens), **_closeness(tokenizer, file, tokens)})
         return rows
 
@@ -253,6 +255,23 @@ def _parse_target(target: Sequence[str] | None) -> dict[str, float] | None:
         raise TokensError(f"expected --target NAME=NUMBER, such as psnr=28, got {' '.join(target)}") from None
 
 
+def _decoded_name(path: Path, modality: str, *, given: bool) -> Path:
+    """The name of a decoded item: as it was given, or its token file's with the suffix of its modality."""
+    from tokenzoo import media
+    from tokenzoo.tokenizers.errors import MediaError
+
+    suffix = media.DECODED_SUFFIX[modality]
+    if given and path.suffix != suffix:
+        raise MediaError(f"expected a folder, or a file name that ends in {suffix} for {modality}, got {path}")
+    return path if given else path.with_name(path.name + suffix)
+
+
+def _sample_rate(tokenizer: "Tokenizer", meta: Mapping[str, Any], native: bool) -> int | None:
+    """Of decoded audio, in Hz: the original's, or the network's own."""
+    own: int | None = getattr(tokenizer, "sample_rate", None)
+    return own if native or own is None else int(meta.get("sample_rate", own))
+
+
 def _sizes(tokens: "Tokens") -> Row:
     return {"tokens": int(tokens.lengths.sum()), "bytes": int(tokens.num_bytes.sum())}
 
@@ -260,7 +279,8 @@ def _sizes(tokens: "Tokens") -> Row:
 def _closeness(tokenizer: "Tokenizer", file: Path, tokens: "Tokens") -> Row:
     original, _ = tokenizer.media.read(file)
     reconstruction = tokenizer.decode(tokens, native=True)[0]
-    measured = {name: tokenizer.qualities[name].measure(reconstruction[None], original[None]) for name in ("psnr", "ssim")}
+    names = [name for name in tokenizer.qualities if name != "l1"]
+    measured = {name: tokenizer.qualities[name].measure(reconstruction[None], original[None]) for name in names}
     return {name: round(float(value[0]), 3) for name, value in measured.items()}
 
 

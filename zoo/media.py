@@ -14,10 +14,11 @@ from tokenzoo.tokenizers.errors import MediaError
 from tokenzoo.tokenizers.files import write_atomically
 
 EXTENSIONS = {
+    "audio": frozenset([".aif", ".aiff", ".au", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav"]),
     "image": frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"]),
     "tokens": frozenset([".tok", ".safetensors"]),
 }
-DECODED_SUFFIX = {"image": ".png"}
+DECODED_SUFFIX = {"audio": ".wav", "image": ".png"}
 
 
 def find(paths: Iterable[str | os.PathLike[str]], kind: str) -> list[tuple[Path, Path]]:
@@ -51,11 +52,34 @@ def find(paths: Iterable[str | os.PathLike[str]], kind: str) -> list[tuple[Path,
     return found
 
 
-def write(item: Any, path: Path, modality: str) -> None:
-    """Writes a decoded item as a file, whole or not at all."""
-    if modality != "image":
-        raise MediaError(f"expected an image to write to {path}, got {modality}")
-    write_atomically(path, encode_png(item))
+def write(item: Any, path: Path, modality: str, *, sample_rate: int | None = None) -> None:
+    """Writes a decoded item as a file, whole or not at all.
+
+    Args:
+        item: An image float32 `[3, H, W]` in [0, 1], or audio float32 `[C, S]` in [-1, 1].
+        path: The file.
+        modality: What the item is.
+        sample_rate: Of audio, in Hz.
+
+    Raises:
+        MediaError: If items of this modality cannot be written.
+    """
+    if modality == "image":
+        write_atomically(path, encode_png(item))
+    elif modality == "audio" and sample_rate is not None:
+        write_atomically(path, encode_wav(item, sample_rate))
+    else:
+        raise MediaError(f"expected an image, or audio with its sample rate, to write to {path}, got {modality}")
+
+
+def encode_wav(waveform: Tensor, sample_rate: int) -> bytes:
+    """Audio float32 `[C, S]` in [-1, 1] as WAV, rounded to 16 bits."""
+    import soundfile
+
+    samples = (waveform.clamp(-1, 1) * 32767).round().short().T
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples.cpu().numpy(), sample_rate, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
 
 
 def encode_png(image: Tensor) -> bytes:

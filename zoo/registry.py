@@ -23,7 +23,10 @@ TOKENIZERS_GROUP = "tokenzoo.tokenizers"
 CARDS_GROUP = "tokenzoo.cards"
 
 _BUILTIN = {
+    "encodec": "tokenzoo.tokenizers.audio.encodec:Encodec",
     "flextok": "tokenzoo.tokenizers.image.flextok:FlexTok",
+    "karl": "tokenzoo.tokenizers.image.karl:KARL",
+    "karl_nano": "tokenzoo.tokenizers.image.karl_nano:KARLNano",
     "one_d_piece": "tokenzoo.tokenizers.image.one_d_piece:OneDPiece",
     "one_d_piece_nano": "tokenzoo.tokenizers.image.one_d_piece_nano:OneDPieceNano",
     "retok": "tokenzoo.tokenizers.image.retok:ReToK",

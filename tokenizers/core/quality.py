@@ -64,4 +64,30 @@ def ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
     return similarity.flatten(1).mean(1).float()
 
 
+def snr(reconstruction: Tensor, original: Tensor) -> Tensor:
+    """Signal-to-noise ratio per waveform in dB: `(B, C, S)` twice to float32 `(B,)`."""
+    signal = original.float().square().flatten(1).sum(1)
+    noise = (reconstruction.float() - original.float()).square().flatten(1).sum(1)
+    return 10 * torch.log10(signal.clamp_min(1e-10) / noise.clamp_min(1e-10))
+
+
+def si_sdr(reconstruction: Tensor, original: Tensor) -> Tensor:
+    """Scale-invariant signal-to-distortion ratio per waveform in dB (https://arxiv.org/abs/1811.02508).
+
+    Means are subtracted first.
+
+    Args:
+        reconstruction: `(B, C, S)`.
+        original: `(B, C, S)`.
+
+    Returns:
+        float32 `(B,)`.
+    """
+    x, y = reconstruction.float().flatten(1), original.float().flatten(1)
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    scaled = y * ((x * y).sum(1) / y.square().sum(1).clamp_min(1e-10))[:, None]
+    return snr(x, scaled)
+
+
 QUALITIES = {"psnr": Quality(psnr, True), "ssim": Quality(ssim, True), "l1": Quality(l1, False)}
+AUDIO_QUALITIES = {"snr": Quality(snr, True), "si_sdr": Quality(si_sdr, True), "l1": Quality(l1, False)}

@@ -344,6 +344,8 @@ class Tokenizer(nn.Module):
             part = tokens[indices].to(self.device)
             groups.append(self._decode(part.ids, part.lengths, part.extras).float())
             order += indices
+        if len(groups) == 1:
+            return groups[0]
         together = torch.cat(groups)
         return together[torch.argsort(torch.tensor(order)).to(together.device)]
 

@@ -276,7 +276,9 @@ class Tokens:
 
 
 def pad_and_cat(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenates along the first dimension, padding all others with zeros to the largest."""
+    """Concatenates along the first dimension, padding all others with zeros to the largest; a single one is not copied."""
+    if len(tensors) == 1:
+        return tensors[0]
     sizes = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
     padded = []
     for tensor in tensors:

@@ -1,0 +1,66 @@
+"""Fixtures that the reference implementations computed, and tiny codecs of every kind.
+
+`<name>.state.safetensors` holds random weights under the published keys (float16 values, used as float32), and
+`<name>.expected.safetensors` recordings `wave.<i>`, their ids and what these decode to, and our config and adapter.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tokenzoo.tokenizers.audio.encodec import Encodec, EncodecConfig
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def _encodec(**changes):
+    tiny = {"sample_rate": 1000, "ratios": (5, 2), "filters": 4, "dim": 8, "codebook_size": 32, "num_codebooks": 6}
+    return Encodec(EncodecConfig(**tiny | changes))
+
+
+MAKERS = {
+    "encodec_24khz": _encodec,
+    "encodec_48khz": lambda: _encodec(channels=2, causal=False, norm="time", segment=200, segment_stride=190),
+}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    def load(name, cls):
+        with safe_open(GOLDEN / f"{name}.expected.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            config, adapter = json.loads(file.metadata()["config"]), file.metadata()["adapter"]
+        published = {key: tensor.float() for key, tensor in load_file(GOLDEN / f"{name}.state.safetensors").items()}
+        tokenizer = cls(cls.config_class.from_dict(config)).eval()
+        tokenizer.load_state_dict(cls.adapters[adapter].to_ours(published), strict=True)
+        count = sum(key.startswith("wave.") for key in tensors)
+        cases = [
+            SimpleNamespace(**{key.rpartition(".")[0]: value for key, value in tensors.items() if key.endswith(f".{i}")})
+            for i in range(count)
+        ]
+        return SimpleNamespace(tok=tokenizer, published=published, adapter=cls.adapters[adapter], cases=cases)
+
+    return load
+
+
+@pytest.fixture(params=MAKERS)
+def codec(request):
+    """A tiny codec with random weights, whose ids depend on what it hears."""
+    return make(request.param)
+
+
+def make(name):
+    torch.manual_seed(0)
+    tok = MAKERS[name]().eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter, tensor in tok.named_parameters():
+        if parameter.endswith("codebook"):
+            tensor.data.normal_(generator=generator).mul_(0.3)
+        elif tensor.dim() > 1:
+            tensor.data.mul_(1.5)
+    return tok

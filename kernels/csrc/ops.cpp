@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -31,8 +32,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t FEW_ROWS = 16;
-constexpr int64_t ROW_BLOCK_BYTES = 192 << 10;   // packed rows of a thread: they share its L2 with the codes
+constexpr int64_t SHARED_CODE_BYTES = 8 << 20;   // codes that are better read once by all threads than once by each
 constexpr int64_t CODE_BLOCK_BYTES = 16 << 10;   // codes that stay in L1 while the row block passes over them
+constexpr int64_t PACK_PANELS = 16;              // panels that are worth a thread
+constexpr int MOST_ROWS = 64;                    // of a tile
 constexpr int64_t SCALAR_ROWS = 4096;            // rows of scalar quantization that are worth a thread
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
@@ -50,6 +53,16 @@ const SearchTable& search() {
     return &portable::table;
   }();
   return *chosen;
+}
+
+// Packed rows of a thread: they share its L2 with the codes.
+int64_t row_block_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, 192 << 10, 768 << 10);
+#else
+  constexpr int64_t bytes = 192 << 10;
+#endif
+  return bytes;
 }
 
 struct AlignedFree {
@@ -108,76 +121,109 @@ Tensor pack(const Tensor& codebook, bool dot) {
       packed.mean[d] = std::isfinite(mean) ? mean : 0.f;
     }
   }
-  parallel(packed.panels, [&](int64_t p) {
-    float* panel = packed.codes + p * packed.dim * PANEL;
-    std::fill_n(panel, packed.dim * PANEL, 0.f);
-    for (int64_t i = 0; i < PANEL; ++i) {
-      const int64_t k = p * PANEL + i;
-      double norm = 0;
-      if (k < size)
-        for (int64_t d = 0; d < width; ++d) {
-          const float value = entries[k * width + d] - packed.mean[d];
+  parallel((packed.panels + PACK_PANELS - 1) / PACK_PANELS, [&](int64_t block) {
+    for (int64_t p = block * PACK_PANELS; p < std::min(packed.panels, (block + 1) * PACK_PANELS); ++p) {
+      float* panel = packed.codes + p * packed.dim * PANEL;
+      const int64_t here = std::min<int64_t>(PANEL, size - p * PANEL);
+      double norms[PANEL] = {};
+      std::fill_n(panel, packed.dim * PANEL, 0.f);
+      for (int64_t d = 0; d < width; ++d)
+        for (int64_t i = 0; i < here; ++i) {
+          const float value = entries[(p * PANEL + i) * width + d] - packed.mean[d];
           panel[d * PANEL + i] = value;
-          norm += static_cast<double>(value) * value;
+          norms[i] += static_cast<double>(value) * value;
         }
-      // An entry that is not finite can be nearest to nothing.
-      const bool usable = k < size && std::isfinite(norm);
-      packed.bias[k] = !usable ? LOWEST : dot ? 0.f : static_cast<float>(-norm / 2);
-      if (!usable)
-        for (int64_t d = 0; d < width; ++d) panel[d * PANEL + i] = 0.f;
+      for (int64_t i = 0; i < PANEL; ++i) {
+        // An entry that is not finite can be nearest to nothing.
+        const bool usable = i < here && std::isfinite(norms[i]);
+        packed.bias[p * PANEL + i] = !usable ? LOWEST : dot ? 0.f : static_cast<float>(-norms[i] / 2);
+        if (!usable)
+          for (int64_t d = 0; d < width; ++d) panel[d * PANEL + i] = 0.f;
+      }
     }
   });
   return out;
 }
 
-// Packs rows [first, first + count) of x into tiles [dim][rows]; `broken[r]` says which rows are not finite.
-void pack_tile(const float* x, int64_t count, const Packed& packed, int rows, float* tile, bool* broken) {
-  for (int r = 0; r < rows; ++r) {
-    float check = 0;
-    for (int64_t d = 0; d < packed.dim; ++d) {
-      const float value = r < count && d < packed.width ? x[r * packed.width + d] - packed.mean[d] : 0.f;
-      tile[d * rows + r] = value;
-      check += value * 0.f;
-    }
-    broken[r] = !(check == 0.f);
-  }
-}
-
-// Searches rows of one block: x [count][width] to ids [count].
-void search_block(const float* x, int64_t count, const Packed& packed, int64_t* ids, float* tiles) {
+// Rows packed into tiles, and the panel of each row's best score.
+struct Tiles {
   const SearchTable& isa = search();
-  const int64_t num_tiles = (count + isa.rows - 1) / isa.rows, tile_floats = packed.dim * isa.rows;
-  std::vector<float> best(num_tiles * isa.rows, LOWEST);
-  std::vector<int32_t> where(num_tiles * isa.rows, 0);
-  std::unique_ptr<bool[]> broken(new bool[num_tiles * isa.rows]);
-  for (int64_t t = 0; t < num_tiles; ++t)
-    pack_tile(x + t * isa.rows * packed.width, std::min<int64_t>(isa.rows, count - t * isa.rows), packed, isa.rows,
-              tiles + t * tile_floats, broken.get() + t * isa.rows);
-  const int64_t step = packed.panels_per_block();
-  for (int64_t first = 0; first < packed.panels; first += step)
-    for (int64_t t = 0; t < num_tiles; ++t)
-      isa.scan(tiles + t * tile_floats, packed.codes, packed.bias, packed.dim, first, std::min(packed.panels, first + step),
-               best.data() + t * isa.rows, where.data() + t * isa.rows);
-  for (int64_t n = 0; n < count; ++n) {
-    const float* panel = packed.codes + where[n] * packed.dim * PANEL;
-    const float* row = tiles + n / isa.rows * tile_floats + n % isa.rows;
-    const int64_t code = broken[n] ? 0
-                                   : where[n] * PANEL + isa.resolve(row, isa.rows, panel, packed.bias + where[n] * PANEL,
-                                                                    packed.dim, best[n]);
-    ids[n] = code;
+  int64_t count, dim, floats;
+  Buffer data;
+  std::unique_ptr<bool[]> broken;
+  std::vector<float> best;
+  std::vector<int32_t> where;
+
+  Tiles(int64_t most, int64_t dim) : count(0), dim(dim), floats(dim * isa.rows), data(buffer(padded_rows(most) * dim)),
+        broken(new bool[padded_rows(most)]), best(padded_rows(most)), where(padded_rows(most)) {}
+
+  int64_t padded_rows(int64_t rows) const { return (rows + isa.rows - 1) / isa.rows * isa.rows; }
+  int64_t rows(int64_t first) const { return std::min<int64_t>(isa.rows, count - first); }
+
+  void fill(const float* x, int64_t rows_given, const Packed& packed) {
+    count = rows_given;
+    for (int64_t n = 0; n < count; n += isa.rows)
+      isa.pack(x + n * packed.width, rows(n), packed.width, dim, packed.mean, data.get() + n * dim, broken.get() + n);
   }
+  // Over panels [first, last), into the results of padded_rows(count) rows.
+  void scan(const Packed& packed, int64_t first, int64_t last, float* best, int32_t* where) const {
+    std::fill_n(best, padded_rows(count), LOWEST);
+    std::fill_n(where, padded_rows(count), static_cast<int32_t>(first));
+    const int64_t step = packed.panels_per_block();
+    for (int64_t start = first; start < last; start += step)
+      for (int64_t n = 0; n < count; n += isa.rows)
+        isa.scan(data.get() + n * dim, packed.codes, packed.bias, dim, start, std::min(last, start + step), best + n, where + n);
+  }
+  void resolve(const Packed& packed, int64_t* ids) const {
+    int32_t codes[MOST_ROWS];
+    for (int64_t n = 0; n < count; n += isa.rows) {
+      isa.resolve(data.get() + n * dim, rows(n), packed.codes, packed.bias, dim, best.data() + n, where.data() + n, codes);
+      for (int64_t i = 0; i < rows(n); ++i) ids[n + i] = broken[n + i] ? 0 : codes[i];
+    }
+  }
+  void search_all(const float* x, int64_t rows_given, const Packed& packed, int64_t* ids) {
+    fill(x, rows_given, packed);
+    scan(packed, 0, packed.panels, best.data(), where.data());
+    resolve(packed, ids);
+  }
+};
+
+// Parts into which the threads split the codes for `count` rows.
+int64_t code_parts(int64_t count, const Packed& packed) {
+  const int64_t work = packed.panels * PANEL * packed.dim * count;
+  return std::clamp<int64_t>(work >> 16, 1, std::min<int64_t>(torch::stable::get_num_threads(), packed.panels));
 }
 
 // Rows of a block: as many tiles as fit the cache, and blocks enough that the threads share them evenly.
 int64_t rows_per_block(int64_t count, int64_t dim) {
   const int64_t rows = search().rows, threads = torch::stable::get_num_threads();
   const int64_t tiles = (count + rows - 1) / rows;
-  const int64_t fitting = std::clamp<int64_t>(ROW_BLOCK_BYTES / (dim * rows * 4), 1, 64);
+  const int64_t fitting = std::clamp<int64_t>(row_block_bytes() / (dim * rows * 4), 1, 64);
   const int64_t rounds = (tiles + fitting * threads - 1) / (fitting * threads);
   return (tiles + rounds * threads - 1) / (rounds * threads) * rows;
 }
 
-// A few rows: the threads share the codes instead, and the best of their answers is taken in order.
+// Some rows, many codes: the threads share the codes instead, and the best of their answers is taken in order.
+void search_shared(const float* x, int64_t count, const Packed& packed, int64_t* ids) {
+  Tiles tiles(count, packed.dim);
+  tiles.fill(x, count, packed);
+  const int64_t parts = code_parts(count, packed), rows = tiles.padded_rows(count);
+  std::vector<float> best(parts * rows);
+  std::vector<int32_t> where(parts * rows);
+  parallel(parts, [&](int64_t p) {
+    tiles.scan(packed, packed.panels * p / parts, packed.panels * (p + 1) / parts, best.data() + p * rows, where.data() + p * rows);
+  });
+  for (int64_t n = 0; n < rows; ++n) {
+    int64_t winner = n;
+    for (int64_t other = n + rows; other < parts * rows; other += rows)
+      if (best[other] > best[winner]) winner = other;
+    tiles.best[n] = best[winner];
+    tiles.where[n] = where[winner];
+  }
+  tiles.resolve(packed, ids);
+}
+
+// As search_shared, for so few rows that a tile would be mostly empty.
 void search_few(const float* x, int64_t count, const Packed& packed, int64_t* ids) {
   Buffer rows = buffer(count * packed.dim);
   std::vector<bool> broken(count);
@@ -190,8 +236,7 @@ void search_few(const float* x, int64_t count, const Packed& packed, int64_t* id
     }
     broken[n] = !(check == 0.f);
   }
-  const int64_t work = packed.panels * PANEL * packed.dim * count;
-  const int64_t parts = std::clamp<int64_t>(work >> 16, 1, std::min<int64_t>(torch::stable::get_num_threads(), packed.panels));
+  const int64_t parts = code_parts(count, packed);
   std::vector<float> best(parts * count);
   std::vector<int32_t> code(parts * count);
   parallel(parts, [&](int64_t p) {
@@ -206,19 +251,24 @@ void search_few(const float* x, int64_t count, const Packed& packed, int64_t* id
   }
 }
 
-// Calls done(first row, rows) for every block of rows, in parallel, once its ids are known.
+// Calls done(first row, rows) for every block of rows, in parallel, once its ids are known; blocks are whole tiles.
 template <class Done>
 void search_all(const float* x, int64_t count, const Packed& packed, int64_t* ids, const Done& done) {
   if (!count) return;
+  const int64_t tiles = (count + search().rows - 1) / search().rows;
+  const bool fits = tiles * search().rows * packed.dim * 4 <= row_block_bytes();
   if (count <= FEW_ROWS) {
     search_few(x, count, packed, ids);
+    return done(0, count);
+  }
+  if (fits && (tiles < torch::stable::get_num_threads() || packed.panels * PANEL * packed.dim * 4 > SHARED_CODE_BYTES)) {
+    search_shared(x, count, packed, ids);
     return done(0, count);
   }
   const int64_t step = rows_per_block(count, packed.dim);
   parallel((count + step - 1) / step, [&](int64_t block) {
     const int64_t first = block * step, rows = std::min(step, count - first);
-    Buffer tiles = buffer((rows + search().rows - 1) / search().rows * search().rows * packed.dim);
-    search_block(x + first * packed.width, rows, packed, ids + first, tiles.get());
+    Tiles(rows, packed.dim).search_all(x + first * packed.width, rows, packed, ids + first);
     done(first, rows);
   });
 }
@@ -236,42 +286,6 @@ Tensor nearest(const Tensor& x, const Tensor& packed, int64_t size) {
   return ids;
 }
 
-// The entry of each row into out, and the sum of squared differences in blocks of fixed size, so that the order of the
-// summation does not depend on the threads.
-constexpr int64_t LOSS_ROWS = 8;
-
-void gather(const float* x, const int64_t* ids, int64_t first, int64_t rows, const float* codebook, int64_t width, float* out,
-            double* errors) {
-  for (int64_t n = first; n < first + rows; ++n) {
-    const float* entry = codebook + ids[n] * width;
-    float sums[LOSS_ROWS] = {};
-    for (int64_t d = 0; d < width; ++d) {
-      const float value = entry[d], difference = value - x[n * width + d];
-      out[n * width + d] = value;
-      sums[d % LOSS_ROWS] += difference * difference;
-    }
-    double sum = 0;
-    for (const float part : sums) sum += part;
-    errors[n] = sum;
-  }
-}
-
-std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Tensor& packed, const Tensor& codebook) {
-  const int64_t count = x.size(0), width = x.size(1);
-  Tensor ids = make(x, {count}, ScalarType::Long), out = make(x, {count, width}, ScalarType::Float);
-  Tensor loss = make(x, {}, ScalarType::Float);
-  std::vector<double> errors(count);
-  int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
-  float* vectors = static_cast<float*>(out.mutable_data_ptr());
-  search_all(floats(x), count, view(packed, codebook.size(0), width), id, [&](int64_t first, int64_t rows) {
-    gather(floats(x), id, first, rows, floats(codebook), width, vectors, errors.data());
-  });
-  double total = 0;
-  for (const double error : errors) total += error;
-  *static_cast<float*>(loss.mutable_data_ptr()) = count ? static_cast<float>(total / static_cast<double>(count * width)) : 0.f;
-  return {ids, out, loss};
-}
-
 // Rows sorted by code (a counting sort keeps their order), then each code's rows summed by one thread.
 std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& ids, int64_t size) {
   const int64_t count = x.size(0), width = x.size(1);
@@ -287,17 +301,37 @@ std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& ids, int64_t
   std::vector<int64_t> order(count), next(start.begin(), start.end() - 1);
   for (int64_t n = 0; n < count; ++n) order[next[id[n]]++] = n;
   float *number = static_cast<float*>(counts.mutable_data_ptr()), *total = static_cast<float*>(sums.mutable_data_ptr());
-  const float* rows = floats(x);
   const int64_t step = std::max<int64_t>(64, size / 64);
   parallel((size + step - 1) / step, [&](int64_t block) {
     for (int64_t k = block * step; k < std::min(size, (block + 1) * step); ++k) {
       number[k] = static_cast<float>(start[k + 1] - start[k]);
-      std::fill_n(total + k * width, width, 0.f);
-      for (int64_t i = start[k]; i < start[k + 1]; ++i)
-        for (int64_t d = 0; d < width; ++d) total[k * width + d] += rows[order[i] * width + d];
+      search().add_rows(floats(x), order.data() + start[k], start[k + 1] - start[k], width, total + k * width);
     }
   });
   return {counts, sums};
+}
+
+// Ids, entries, loss and, on request, code_sums. Squared errors are added up by blocks of fixed size, so that the order of
+// the summation does not depend on the threads.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& x, const Tensor& packed, const Tensor& codebook,
+                                                            bool statistics) {
+  const int64_t count = x.size(0), width = x.size(1), block = search().rows;
+  Tensor ids = make(x, {count}, ScalarType::Long), out = make(x, {count, width}, ScalarType::Float);
+  Tensor loss = make(x, {}, ScalarType::Float);
+  std::vector<double> errors((count + block - 1) / block);
+  int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
+  float* vectors = static_cast<float*>(out.mutable_data_ptr());
+  search_all(floats(x), count, view(packed, codebook.size(0), width), id, [&](int64_t first, int64_t rows) {
+    for (int64_t n = first; n < first + rows; n += block)
+      errors[n / block] = search().gather(floats(x) + n * width, id + n, std::min(block, first + rows - n), floats(codebook),
+                                          width, vectors + n * width);
+  });
+  double total = 0;
+  for (const double error : errors) total += error;
+  *static_cast<float*>(loss.mutable_data_ptr()) = count ? static_cast<float>(total / static_cast<double>(count * width)) : 0.f;
+  auto [counts, sums] = statistics ? code_sums(x, ids, codebook.size(0))
+                                   : std::tuple(make(x, {0}, ScalarType::Float), make(x, {0, width}, ScalarType::Float));
+  return {ids, out, loss, counts, sums};
 }
 
 // Every stage quantizes what the stages before it left over; a block of rows stays in the cache for all of them.
@@ -307,27 +341,32 @@ std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<
   int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
   float* vectors = static_cast<float*>(out.mutable_data_ptr());
   if (!count) return {ids, out};
-  const int64_t step = rows_per_block(count, padded(width));
-  parallel((count + step - 1) / step, [&](int64_t block) {
-    const int64_t first = block * step, rows = std::min(step, count - first);
+  const auto quantize_rows = [&](int64_t first, int64_t rows, const auto& search_stage) {
     Buffer residual = buffer(rows * width);
-    Buffer tiles = buffer((rows + search().rows - 1) / search().rows * search().rows * padded(width));
     std::vector<int64_t> found(rows);
     std::memcpy(residual.get(), floats(x) + first * width, rows * width * sizeof(float));
     std::fill_n(vectors + first * width, rows * width, 0.f);
     for (int64_t stage = 0; stage < stages; ++stage) {
-      search_block(residual.get(), rows, view(packed[stage], size, width), found.data(), tiles.get());
-      const float* codebook = floats(codebooks) + stage * size * width;
-      for (int64_t n = 0; n < rows; ++n) {
-        id[(first + n) * stages + stage] = found[n];
-        const float* entry = codebook + found[n] * width;
-        for (int64_t d = 0; d < width; ++d) {
-          residual[n * width + d] -= entry[d];
-          vectors[(first + n) * width + d] += entry[d];
-        }
-      }
+      search_stage(residual.get(), view(packed[stage], size, width), found.data());
+      for (int64_t n = 0; n < rows; ++n) id[(first + n) * stages + stage] = found[n];
+      search().step_residual(residual.get(), vectors + first * width, found.data(), rows, floats(codebooks) + stage * size * width,
+                             width);
     }
-  });
+  };
+  const int64_t dim = padded(width), step = rows_per_block(count, dim);
+  if (count < search().rows * torch::stable::get_num_threads()) {
+    quantize_rows(0, count, [&](const float* residual, const Packed& codes, int64_t* found) {
+      search_all(residual, count, codes, found, [](int64_t, int64_t) {});
+    });
+  } else {
+    parallel((count + step - 1) / step, [&](int64_t block) {
+      const int64_t first = block * step, rows = std::min(step, count - first);
+      Tiles tiles(rows, dim);
+      quantize_rows(first, rows, [&](const float* residual, const Packed& codes, int64_t* found) {
+        tiles.search_all(residual, rows, codes, found);
+      });
+    });
+  }
   return {ids, out};
 }
 
@@ -380,7 +419,7 @@ int64_t instruction_set() { return search().lanes * 32; }
 STABLE_TORCH_LIBRARY(tokenzoo_native, m) {
   m.def("pack(Tensor codebook, bool dot) -> Tensor");
   m.def("nearest(Tensor x, Tensor packed, int size) -> Tensor");
-  m.def("quantize(Tensor x, Tensor packed, Tensor codebook) -> (Tensor, Tensor, Tensor)");
+  m.def("quantize(Tensor x, Tensor packed, Tensor codebook, bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("code_sums(Tensor x, Tensor ids, int size) -> (Tensor, Tensor)");
   m.def("residual_quantize(Tensor x, Tensor[] packed, Tensor codebooks) -> (Tensor, Tensor)");
   m.def("fsq(Tensor x, Tensor thresholds, Tensor scale, Tensor shift, Tensor basis) -> (Tensor, Tensor)");

@@ -29,6 +29,7 @@ typedef int32_t IntsUnaligned __attribute__((vector_size(LANES * 4), aligned(4))
 
 constexpr int ROWS = LANES * ROW_VECTORS;
 constexpr int PARTS = PANEL / LANES;
+constexpr int TOGETHER = PARTS > 2 ? 2 : 4;
 constexpr float LOWEST = -__builtin_inff();
 
 inline Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
@@ -38,14 +39,10 @@ inline void store(int32_t* p, Ints v) { *reinterpret_cast<IntsUnaligned*>(p) = v
 inline Vec splat(float value) { return value - Vec{}; }
 inline Ints splat(int32_t value) { return value - Ints{}; }
 
-// Scores of a tile against GROUP codes, reduced into the running maximum of each row. DIM is dim where it is known.
+// Adds dims [from, to) of a tile times GROUP codes to their sums. DIM is to - from where that is known.
 template <int DIM>
-inline void scan_group(const float* tile, const float* codes, const float* bias, int64_t dim, Vec (&top)[ROW_VECTORS]) {
-  Vec sums[ROW_VECTORS][GROUP];
-#pragma GCC unroll 16
-  for (int j = 0; j < GROUP; ++j)
-#pragma GCC unroll 4
-    for (int r = 0; r < ROW_VECTORS; ++r) sums[r][j] = splat(bias[j]);
+inline __attribute__((always_inline)) void accumulate(const float* tile, const float* codes, int64_t from, int64_t to,
+                                                      Vec (&sums)[ROW_VECTORS][GROUP]) {
   const auto step = [&](int64_t d) __attribute__((always_inline)) {
     Vec rows[ROW_VECTORS];
 #pragma GCC unroll 4
@@ -61,38 +58,108 @@ inline void scan_group(const float* tile, const float* codes, const float* bias,
 #pragma GCC unroll 16
     for (int64_t d = 0; d < DIM; ++d) step(d);
   } else {
-    for (int64_t d = 0; d < dim; ++d) step(d);
+    for (int64_t d = from; d < to; ++d) step(d);
   }
+}
+
+inline __attribute__((always_inline)) void start_at(const float* bias, Vec (&sums)[ROW_VECTORS][GROUP]) {
+#pragma GCC unroll 16
+  for (int j = 0; j < GROUP; ++j)
+#pragma GCC unroll 4
+    for (int r = 0; r < ROW_VECTORS; ++r) sums[r][j] = splat(bias[j]);
+}
+
+inline __attribute__((always_inline)) void reduce(const Vec (&sums)[ROW_VECTORS][GROUP], Vec (&top)[ROW_VECTORS]) {
 #pragma GCC unroll 16
   for (int j = 0; j < GROUP / 2; ++j)
 #pragma GCC unroll 4
     for (int r = 0; r < ROW_VECTORS; ++r) top[r] = vmax(vmax(sums[r][j], sums[r][j + GROUP / 2]), top[r]);
 }
 
-template <int DIM>
-void scan_width(const float* tile, const float* panels, const float* bias, int64_t dim, int64_t first, int64_t last, float* best,
-                int32_t* where) {
+// The largest score of each row of a tile so far, and the panel it is in.
+struct Leaders {
   Vec highest[ROW_VECTORS];
   Ints found[ROW_VECTORS];
-  for (int r = 0; r < ROW_VECTORS; ++r) {
-    highest[r] = load(best + r * LANES);
-    found[r] = load(where + r * LANES);
+
+  Leaders(const float* best, const int32_t* where) {
+    for (int r = 0; r < ROW_VECTORS; ++r) {
+      highest[r] = load(best + r * LANES);
+      found[r] = load(where + r * LANES);
+    }
   }
-  for (int64_t panel = first; panel < last; ++panel) {
-    Vec top[ROW_VECTORS];
-    for (int r = 0; r < ROW_VECTORS; ++r) top[r] = splat(LOWEST);
-    for (int g = 0; g < PANEL; g += GROUP)
-      scan_group<DIM>(tile, panels + panel * dim * PANEL + g, bias + panel * PANEL + g, dim, top);
+  void meet(const Vec (&top)[ROW_VECTORS], int64_t panel) {
     for (int r = 0; r < ROW_VECTORS; ++r) {
       const Ints better = top[r] > highest[r];
       highest[r] = vmax(top[r], highest[r]);
       found[r] = better ? splat(static_cast<int32_t>(panel)) : found[r];
     }
   }
-  for (int r = 0; r < ROW_VECTORS; ++r) {
-    store(best + r * LANES, highest[r]);
-    store(where + r * LANES, found[r]);
+  void keep(float* best, int32_t* where) const {
+    for (int r = 0; r < ROW_VECTORS; ++r) {
+      store(best + r * LANES, highest[r]);
+      store(where + r * LANES, found[r]);
+    }
   }
+};
+
+template <int DIM>
+void scan_width(const float* tile, const float* panels, const float* bias, int64_t dim, int64_t first, int64_t last, float* best,
+                int32_t* where) {
+  Leaders leaders(best, where);
+  for (int64_t panel = first; panel < last; ++panel) {
+    Vec top[ROW_VECTORS];
+    for (int r = 0; r < ROW_VECTORS; ++r) top[r] = splat(LOWEST);
+    for (int g = 0; g < PANEL; g += GROUP) {
+      Vec sums[ROW_VECTORS][GROUP];
+      start_at(bias + panel * PANEL + g, sums);
+      accumulate<DIM>(tile, panels + panel * dim * PANEL + g, 0, dim, sums);
+      reduce(sums, top);
+    }
+    leaders.meet(top, panel);
+  }
+  leaders.keep(best, where);
+}
+
+// For widths of which a tile is more than L1 holds: a slice of the dims at a time, which then stays in L1 while some panels
+// pass; the sums wait in memory. They are added up in the same order as in one go.
+void scan_slices(const float* tile, const float* panels, const float* bias, int64_t dim, int64_t first, int64_t last, float* best,
+                 int32_t* where) {
+  Leaders leaders(best, where);
+  alignas(64) float waiting[DEEP_PANELS * PANEL * ROWS];
+  const int64_t slices = (dim + SLICE - 1) / SLICE;
+  for (int64_t start = first; start < last; start += DEEP_PANELS) {
+    const int64_t end = start + DEEP_PANELS < last ? start + DEEP_PANELS : last;
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      const int64_t from = dim * slice / slices, to = dim * (slice + 1) / slices;
+      for (int64_t panel = start; panel < end; ++panel) {
+        Vec top[ROW_VECTORS];
+        for (int r = 0; r < ROW_VECTORS; ++r) top[r] = splat(LOWEST);
+        for (int g = 0; g < PANEL; g += GROUP) {
+          float* saved = waiting + ((panel - start) * PANEL + g) * ROWS;
+          Vec sums[ROW_VECTORS][GROUP];
+          if (slice == 0) {
+            start_at(bias + panel * PANEL + g, sums);
+          } else {
+#pragma GCC unroll 16
+            for (int j = 0; j < GROUP; ++j)
+#pragma GCC unroll 4
+              for (int r = 0; r < ROW_VECTORS; ++r) sums[r][j] = load(saved + (j * ROW_VECTORS + r) * LANES);
+          }
+          accumulate<0>(tile, panels + panel * dim * PANEL + g, from, to, sums);
+          if (slice + 1 < slices) {
+#pragma GCC unroll 16
+            for (int j = 0; j < GROUP; ++j)
+#pragma GCC unroll 4
+              for (int r = 0; r < ROW_VECTORS; ++r) store(saved + (j * ROW_VECTORS + r) * LANES, sums[r][j]);
+          } else {
+            reduce(sums, top);
+          }
+        }
+        if (slice + 1 == slices) leaders.meet(top, panel);
+      }
+    }
+  }
+  leaders.keep(best, where);
 }
 
 void scan(const float* tile, const float* panels, const float* bias, int64_t dim, int64_t first, int64_t last, float* best,
@@ -102,26 +169,132 @@ void scan(const float* tile, const float* panels, const float* bias, int64_t dim
     case 8: return scan_width<8>(tile, panels, bias, dim, first, last, best, where);
     case 12: return scan_width<12>(tile, panels, bias, dim, first, last, best, where);
     case 16: return scan_width<16>(tile, panels, bias, dim, first, last, best, where);
-    default: return scan_width<0>(tile, panels, bias, dim, first, last, best, where);
+  }
+  const auto search = dim > DEEP ? scan_slices : scan_width<0>;
+  search(tile, panels, bias, dim, first, last, best, where);
+}
+
+// Packs rows [count][width], count up to ROWS, into a tile [dim][ROWS], less the mean. Padding is zero.
+void pack(const float* x, int64_t count, int64_t width, int64_t dim, const float* mean, float* tile, bool* broken) {
+  Vec check[ROW_VECTORS] = {};
+  for (int r = 0; r < ROW_VECTORS; ++r) {
+    const int64_t here = count - r * LANES < LANES ? count - r * LANES : LANES;
+    const float* rows = x + r * LANES * width;
+    for (int64_t d = 0; d < width; ++d) {
+      Vec value = splat(0.f);
+      if (here == LANES) {
+        value = strided(rows + d, width) - splat(mean[d]);
+      } else {
+        for (int64_t i = 0; i < here; ++i) value[i] = rows[i * width + d] - mean[d];
+      }
+      store(tile + d * ROWS + r * LANES, value);
+      check[r] += value * splat(0.f);
+    }
+    for (int64_t d = width; d < dim; ++d) store(tile + d * ROWS + r * LANES, splat(0.f));
+  }
+  for (int n = 0; n < ROWS; ++n) broken[n] = !(check[n / LANES][n % LANES] == 0.f);
+}
+
+// COUNT rows side by side, so that their chains of additions overlap.
+template <int COUNT>
+inline void resolve_rows(const float* tile, const float* panels, const float* bias, int64_t dim, const float* best,
+                         const int32_t* where, int32_t* codes) {
+  Vec sums[COUNT][PARTS];
+  const float* panel[COUNT];
+#pragma GCC unroll 4
+  for (int n = 0; n < COUNT; ++n) {
+    panel[n] = panels + where[n] * dim * PANEL;
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) sums[n][p] = load(bias + where[n] * PANEL + p * LANES);
+  }
+  for (int64_t d = 0; d < dim; ++d)
+#pragma GCC unroll 4
+    for (int n = 0; n < COUNT; ++n) {
+      const Vec value = splat(tile[d * ROWS + n]);
+#pragma GCC unroll 4
+      for (int p = 0; p < PARTS; ++p) sums[n][p] = value * load(panel[n] + d * PANEL + p * LANES) + sums[n][p];
+    }
+  for (int n = 0; n < COUNT; ++n) {
+    int32_t code = -1;
+    for (int p = 0; p < PARTS && code < 0; ++p)
+      if (const uint32_t equal = lanes_equal(sums[n][p], splat(best[n]))) code = p * LANES + __builtin_ctz(equal);
+    if (code < 0) {
+      // A compiler that contracts the two loops differently leaves no score bit-equal; the largest is then the answer.
+      code = 0;
+      for (int32_t i = 1; i < PANEL; ++i)
+        if (sums[n][i / LANES][i % LANES] > sums[n][code / LANES][code % LANES]) code = i;
+    }
+    codes[n] = where[n] * PANEL + code;
   }
 }
 
-int32_t resolve(const float* row, int64_t stride, const float* panel, const float* bias, int64_t dim, float score) {
-  Vec sums[PARTS];
-#pragma GCC unroll 8
-  for (int p = 0; p < PARTS; ++p) sums[p] = load(bias + p * LANES);
-  for (int64_t d = 0; d < dim; ++d) {
-    const Vec value = splat(row[d * stride]);
-#pragma GCC unroll 8
-    for (int p = 0; p < PARTS; ++p) sums[p] = value * load(panel + d * PANEL + p * LANES) + sums[p];
+void resolve(const float* tile, int64_t count, const float* panels, const float* bias, int64_t dim, const float* best,
+             const int32_t* where, int32_t* codes) {
+  int64_t n = 0;
+  for (; n + TOGETHER <= count; n += TOGETHER)
+    resolve_rows<TOGETHER>(tile + n, panels, bias, dim, best + n, where + n, codes + n);
+  for (; n < count; ++n) resolve_rows<1>(tile + n, panels, bias, dim, best + n, where + n, codes + n);
+}
+
+typedef float Four __attribute__((vector_size(16)));
+typedef float FourUnaligned __attribute__((vector_size(16), aligned(4)));
+
+double gather(const float* x, const int64_t* ids, int64_t count, const float* codebook, int64_t width, float* out) {
+  double total = 0;
+  for (int64_t n = 0; n < count; ++n, x += width, out += width) {
+    const float* entry = codebook + ids[n] * width;
+    Vec wide = splat(0.f);
+    Four narrow = {};
+    float rest = 0;
+    int64_t d = 0;
+    for (; d + LANES <= width; d += LANES) {
+      const Vec value = load(entry + d), error = value - load(x + d);
+      store(out + d, value);
+      wide += error * error;
+    }
+    for (; d + 4 <= width; d += 4) {
+      const Four value = *reinterpret_cast<const FourUnaligned*>(entry + d);
+      const Four error = value - *reinterpret_cast<const FourUnaligned*>(x + d);
+      *reinterpret_cast<FourUnaligned*>(out + d) = value;
+      narrow += error * error;
+    }
+    for (; d < width; ++d) {
+      out[d] = entry[d];
+      rest += (entry[d] - x[d]) * (entry[d] - x[d]);
+    }
+    float parts[LANES];
+    store(parts, wide);
+    for (int half = LANES / 2; half; half /= 2)
+      for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+    total += static_cast<double>(parts[0] + (narrow[0] + narrow[1]) + (narrow[2] + narrow[3]) + rest);
   }
-  for (int p = 0; p < PARTS; ++p)
-    if (const uint32_t equal = lanes_equal(sums[p], splat(score))) return p * LANES + __builtin_ctz(equal);
-  // A compiler that contracts the two loops differently leaves no score bit-equal; the largest is then the answer.
-  int32_t best = 0;
-  for (int32_t i = 1; i < PANEL; ++i)
-    if (sums[i / LANES][i % LANES] > sums[best / LANES][best % LANES]) best = i;
-  return best;
+  return total;
+}
+
+void add_rows(const float* rows, const int64_t* order, int64_t count, int64_t width, float* total) {
+  for (int64_t d = 0; d < width; ++d) total[d] = 0.f;
+  for (int64_t i = 0; i < count; ++i) {
+    const float* row = rows + order[i] * width;
+    int64_t d = 0;
+    for (; d + LANES <= width; d += LANES) store(total + d, load(total + d) + load(row + d));
+    for (; d < width; ++d) total[d] += row[d];
+  }
+}
+
+void step_residual(float* residual, float* total, const int64_t* ids, int64_t count, const float* codebook, int64_t width) {
+  for (int64_t n = 0; n < count; ++n, residual += width, total += width) {
+    const float* entry = codebook + ids[n] * width;
+    int64_t d = 0;
+    for (; d + LANES <= width; d += LANES) {
+      const Vec value = load(entry + d);
+      store(residual + d, load(residual + d) - value);
+      store(total + d, load(total + d) + value);
+    }
+    for (; d < width; ++d) {
+      residual[d] -= entry[d];
+      total[d] += entry[d];
+    }
+  }
 }
 
 // COUNT rows against WIDTH panels at a time, codes in lanes: for so few rows that a tile would be mostly empty.
@@ -257,7 +430,8 @@ void lfq(const float* x, int64_t count, int64_t dim, float high, float* codes, i
 
 }  // namespace
 
-extern const SearchTable table{LANES, ROWS, scan, resolve, scan_few, fsq, lfq};
+extern const SearchTable table{LANES,    ROWS,     pack,          scan, resolve,
+                               scan_few, gather,   add_rows,      step_residual, fsq, lfq};
 
 }  // namespace ISA
 }  // namespace tokenzoo

@@ -19,5 +19,7 @@ static inline uint32_t lanes_above(Vec4 a, Vec4 b) {
   for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(a[i] > b[i]) << i;
   return bits;
 }
+// Values that lie `stride` apart.
+static inline Vec4 strided(const float* p, int64_t stride) { return Vec4{p[0], p[stride], p[2 * stride], p[3 * stride]}; }
 
 #include "search.h"

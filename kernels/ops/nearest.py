@@ -20,21 +20,31 @@ class PackCache:
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
-        self._source: Tensor | None = None  # kept alive, so that its address cannot become another codebook's
-        self._packed: Tensor | None = None
+        self._held: tuple[Tensor, Tensor, Any] | None = None
 
     def clear(self) -> None:
         """Forgets the packed codebook."""
-        self._key = self._source = self._packed = None
+        self._key = self._held = None
 
-    def get(self, entries: Tensor, source: Tensor, dot: bool, native: Any) -> Tensor:
-        """The packed form of `entries`, which were derived from `source`."""
-        if source.is_inference():
-            return native.pack(entries, dot)
-        key = (source.data_ptr(), source._version, source.shape, source.dtype, dot)
-        if self._packed is None or key != self._key:
-            self._key, self._source, self._packed = key, source.detach(), native.pack(entries, dot)
-        return self._packed
+    def get(self, codebook: Tensor, metric: str, native: Any) -> tuple[Tensor, Any]:
+        """The entries that are compared, and their packed form; a list of forms for codebooks `(Q, K, D)`."""
+        if codebook.is_inference():
+            return pack(codebook, metric, native)
+        key = (codebook.data_ptr(), codebook._version, codebook.shape, codebook.dtype, metric)
+        if self._held is None or key != self._key:
+            # The codebook is kept alive, so that its address cannot become another one's.
+            self._key, self._held = key, (codebook.detach(), *pack(codebook, metric, native))
+        return self._held[1:]
+
+
+def pack(codebook: Tensor, metric: str, native: Any, cache: PackCache | None = None) -> tuple[Tensor, Any]:
+    """As `PackCache.get`, with or without a cache."""
+    if cache is not None:
+        return cache.get(codebook, metric, native)
+    entries = as_entries(codebook, metric)
+    if entries.dim() == 3:
+        return entries, [native.pack(stage, metric == "cosine") for stage in entries]
+    return entries, native.pack(entries, metric == "cosine")
 
 
 def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCache | None = None) -> Tensor:
@@ -56,9 +66,8 @@ def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCache
     check(x, codebook, metric)
     if torch.compiler.is_compiling():
         return torch.ops.tokenzoo.nearest(x, codebook, metric)
-    with torch.no_grad():
-        rows, entries = as_rows(x), as_entries(codebook, metric)
-        return search(rows, entries, codebook, metric == "cosine", cache).reshape(x.shape[:-1])
+    ids = search(as_rows(x), codebook, metric, cache)
+    return ids if x.dim() == 2 else ids.reshape(x.shape[:-1])
 
 
 def check(x: Tensor, codebook: Tensor, metric: str) -> None:
@@ -75,25 +84,35 @@ def needs_op(*tensors: Tensor) -> bool:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Vectors `(..., D)` as contiguous float32 `(N, D)`."""
-    return x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+    """Vectors `(..., D)` as contiguous float32 `(N, D)`, apart from any graph; what needs no change is not touched."""
+    if x.requires_grad:
+        x = x.detach()
+    if x.dtype is not torch.float32:
+        x = x.float()
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x.contiguous()
 
 
 def as_entries(codebook: Tensor, metric: str) -> Tensor:
-    """The entries that are compared, contiguous float32 `(K, D)`."""
+    """The entries that are compared, contiguous float32, in the codebook's shape."""
     entries = codebook.detach().float()
     return (F.normalize(entries, dim=-1) if metric == "cosine" else entries).contiguous()
 
 
-def search(rows: Tensor, entries: Tensor, source: Tensor, dot: bool, cache: PackCache | None) -> Tensor:
-    """int64 `(N,)`: nearest of `entries`, derived from `source`, by whichever implementation this machine has."""
+def native_for(rows: Tensor) -> Any | None:
+    """The native operators, where they can answer for these rows."""
+    return _native.library() if rows.is_cpu else None
+
+
+def search(rows: Tensor, codebook: Tensor, metric: str, cache: PackCache | None = None) -> Tensor:
+    """int64 `(N,)`: nearest entries for rows as `as_rows` gives them, by whichever implementation this machine has."""
+    if native := native_for(rows):
+        return native.nearest.default(rows, pack(codebook, metric, native, cache)[1], len(codebook))
+    entries, dot = as_entries(codebook, metric), metric == "cosine"
     if rows.is_cuda and _has_triton():
         return _search_triton(rows, entries, dot)
-    native = _native.library() if rows.device.type == "cpu" else None
-    if native is None:
-        return _reference.nearest(rows, entries, dot=dot)
-    packed = cache.get(entries, source, dot, native) if cache else native.pack(entries, dot)
-    return native.nearest(rows, packed, len(entries))
+    return _reference.nearest(rows, entries, dot=dot)
 
 
 @functools.cache
@@ -112,7 +131,7 @@ def _search_triton(rows: Tensor, entries: Tensor, dot: bool) -> Tensor:
 
 @torch.library.custom_op("tokenzoo::nearest", mutates_args=())
 def _nearest_op(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    return search(as_rows(x), as_entries(codebook, metric), codebook, metric == "cosine", None).reshape(x.shape[:-1])
+    return search(as_rows(x), codebook, metric).reshape(x.shape[:-1])
 
 
 @_nearest_op.register_fake

@@ -6,19 +6,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenzoo.kernels import _native, _reference
-from tokenzoo.kernels.nearest import PackCache, as_entries, as_rows, check, needs_op, search
+from tokenzoo.kernels import _reference
+from tokenzoo.kernels.nearest import PackCache, as_entries, as_rows, check, native_for, needs_op, pack, search
 
 
 class Quantized(NamedTuple):
-    """Ids `(...)`, entries `(..., D)`, and the mean squared distance between vectors and entries (a scalar)."""
+    """What `quantize` returns.
+
+    Attributes:
+        ids: int64 `(...)`.
+        vectors: Their entries, float32 `(..., D)`.
+        loss: Mean squared distance between vectors and entries, float32 `()`.
+        counts: How many vectors have each code, float32 `(K,)`; empty unless asked for.
+        sums: Sums of those vectors, float32 `(K, D)`; empty unless asked for.
+    """
 
     ids: Tensor
     vectors: Tensor
     loss: Tensor
+    counts: Tensor
+    sums: Tensor
 
 
-def quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCache | None = None) -> Quantized:
+def quantize(
+    x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCache | None = None, statistics: bool = False
+) -> Quantized:
     """Quantizes vectors; the search, the gather and the loss share one pass over `x`.
 
     Gradients: `vectors` passes its gradient straight through to `x` and, gathered, to `codebook`; `loss` pulls both.
@@ -28,22 +40,25 @@ def quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCach
         codebook: Entries, `(K, D)`.
         metric: `"l2"`, or `"cosine"`: vectors and entries are l2-normalised first, and normalised entries are returned.
         cache: Keeps the packed codebook between calls; for a codebook that does not change.
+        statistics: Return also what an EMA update of the codebook needs, as `code_sums` gives it.
 
     Returns:
-        Ids int64 `(...)`, entries float32 `(..., D)`, loss float32 `()`; ties and non-finite vectors as in `nearest`.
+        Ids, entries, loss and statistics; ties and non-finite vectors as in `nearest`.
 
     Raises:
         ValueError: As `nearest`.
     """
     check(x, codebook, metric)
-    if metric == "cosine":
-        x, codebook = F.normalize(x.float(), dim=-1), F.normalize(codebook.float(), dim=-1)
-        cache = None
     if needs_op(x, codebook):
-        vectors, loss, ids = torch.ops.tokenzoo.quantize(x, codebook)
-        return Quantized(ids, vectors, loss)
-    ids, vectors, loss = _quantize_rows(as_rows(x), codebook, cache)
-    return Quantized(ids.reshape(x.shape[:-1]), vectors.reshape(x.shape), loss)
+        if metric == "cosine":
+            x, codebook = F.normalize(x.float(), dim=-1), F.normalize(codebook.float(), dim=-1)
+        vectors, loss, ids, counts, sums = torch.ops.tokenzoo.quantize(x, codebook, statistics)
+        return Quantized(ids, vectors, loss, counts, sums)
+    rows = as_rows(x)
+    if metric == "cosine":
+        rows = F.normalize(rows, dim=-1)
+    ids, vectors, loss, counts, sums = _quantize_rows(rows, codebook, metric, cache, statistics)
+    return Quantized(ids.reshape(x.shape[:-1]), vectors.reshape(x.shape), loss, counts, sums)
 
 
 def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -60,49 +75,60 @@ def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If there is not one id per vector, or an id is out of range.
     """
-    rows, flat = as_rows(x), ids.reshape(-1).long()
-    if len(flat) != len(rows) or (len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < size):
-        raise ValueError(f"expected an id in [0, {size}) for each of {len(rows)} vectors, got {ids.shape = }")
-    native = _native.library() if rows.device.type == "cpu" else None
-    counts, sums = (native or _reference).code_sums(rows, flat.contiguous(), size)
+    rows, flat = as_rows(x), ids.reshape(-1).long().contiguous()
+    low, high = (int(bound) for bound in flat.aminmax()) if len(flat) else (0, 0)
+    if len(flat) != len(rows) or low < 0 or (len(flat) and high >= size):
+        raise ValueError(f"expected an id in [0, {size}) for each of {len(rows)} vectors, got {ids.shape = }, {low} to {high}")
+    native = native_for(rows)
+    counts, sums = native.code_sums.default(rows, flat, size) if native else _reference.code_sums(rows, flat, size)
     return counts, sums
 
 
-def _quantize_rows(rows: Tensor, codebook: Tensor, cache: PackCache | None) -> tuple[Tensor, Tensor, Tensor]:
-    entries = as_entries(codebook, "l2")
-    native = _native.library() if rows.device.type == "cpu" else None
-    if native is None:
-        ids = search(rows, entries, codebook, False, cache)
-        vectors = entries[ids]
-        return ids, vectors, F.mse_loss(vectors, rows) if rows.numel() else rows.new_zeros(())
-    packed = cache.get(entries, codebook, False, native) if cache else native.pack(entries, False)
-    return native.quantize(rows, packed, entries)
+def _quantize_rows(
+    rows: Tensor, codebook: Tensor, metric: str, cache: PackCache | None, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if native := native_for(rows):
+        entries, packed = pack(codebook, metric, native, cache)
+        return native.quantize.default(rows, packed, entries, statistics)
+    entries = as_entries(codebook, metric)
+    ids = search(rows, codebook, metric)
+    vectors = entries[ids]
+    loss = F.mse_loss(vectors, rows) if rows.numel() else rows.new_zeros(())
+    return (
+        ids,
+        vectors,
+        loss,
+        *(code_sums(rows, ids, len(entries)) if statistics else (rows.new_empty(0), rows.new_empty(0, rows.shape[1]))),
+    )
 
 
 @torch.library.custom_op("tokenzoo::quantize", mutates_args=())
-def _quantize_op(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    ids, vectors, loss = _quantize_rows(as_rows(x), codebook, None)
-    return vectors.reshape(x.shape), loss, ids.reshape(x.shape[:-1])
+def _quantize_op(x: Tensor, codebook: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ids, vectors, loss, counts, sums = _quantize_rows(as_rows(x), codebook, "l2", None, statistics)
+    return vectors.reshape(x.shape), loss, ids.reshape(x.shape[:-1]), counts, sums
 
 
 @_quantize_op.register_fake
-def _(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001 (a schema)
+def _(x: Tensor, codebook: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    size, width = codebook.shape
     ids = x.new_empty(x.shape[:-1], dtype=torch.long)
-    return x.new_empty(x.shape, dtype=torch.float32), x.new_empty((), dtype=torch.float32), ids
+    counts = x.new_empty(size if statistics else 0, dtype=torch.float32)
+    sums = x.new_empty(size if statistics else 0, width, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float32), x.new_empty((), dtype=torch.float32), ids, counts, sums
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    vectors, _, ids = output
-    ctx.mark_non_differentiable(ids)
-    ctx.save_for_backward(*inputs, ids, vectors)
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, ...]) -> None:
+    vectors, _, ids, counts, sums = output
+    ctx.mark_non_differentiable(ids, counts, sums)
+    ctx.save_for_backward(inputs[0], inputs[1], ids, vectors)
 
 
-def _backward(ctx: Any, grad_vectors: Tensor, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(ctx: Any, grad_vectors: Tensor, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
     x, codebook, ids, vectors = ctx.saved_tensors
     pull = (x.float() - vectors) * (2 * grad_loss / max(1, x.numel()))
     to_entries = torch.zeros_like(codebook, dtype=torch.float32)
     to_entries.index_add_(0, ids.reshape(-1), (grad_vectors - pull).reshape(-1, x.shape[-1]))
-    return (grad_vectors + pull).to(x.dtype), to_entries.to(codebook.dtype)
+    return (grad_vectors + pull).to(x.dtype), to_entries.to(codebook.dtype), None
 
 
 _quantize_op.register_autograd(_backward, setup_context=_setup)

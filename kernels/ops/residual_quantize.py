@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenzoo.kernels import _native, _reference
-from tokenzoo.kernels.nearest import as_rows, nearest
+from tokenzoo.kernels import _reference
+from tokenzoo.kernels.nearest import PackCache, as_entries, as_rows, native_for, nearest, pack
 
 
 class ResidualQuantized(NamedTuple):
@@ -32,12 +32,13 @@ class Projections(NamedTuple):
     out_bias: Tensor
 
 
-def residual_quantize(x: Tensor, codebooks: Tensor) -> ResidualQuantized:
+def residual_quantize(x: Tensor, codebooks: Tensor, *, cache: PackCache | None = None) -> ResidualQuantized:
     """Quantizes vectors in Q stages (SoundStream, https://arxiv.org/abs/2107.03312); no gradients.
 
     Args:
         x: Vectors, `(..., D)`, any float dtype; computed in float32.
         codebooks: Entries of the stages, `(Q, K, D)`.
+        cache: Keeps the packed codebooks between calls; for codebooks that do not change.
 
     Returns:
         Ids int64 `(..., Q)` and summed entries float32 `(..., D)`; ties and non-finite vectors as in `nearest`.
@@ -46,8 +47,9 @@ def residual_quantize(x: Tensor, codebooks: Tensor) -> ResidualQuantized:
         ValueError: If the widths differ or a codebook is empty.
     """
     _check(x, codebooks, codebooks.shape[-1])
-    ids, vectors = torch.ops.tokenzoo.residual_quantize(x, codebooks)
-    return ResidualQuantized(ids, vectors)
+    if torch.compiler.is_compiling():
+        return ResidualQuantized(*torch.ops.tokenzoo.residual_quantize(x, codebooks))
+    return ResidualQuantized(*_residual(x, codebooks, cache))
 
 
 def projected_residual_quantize(
@@ -104,15 +106,19 @@ def _check(x: Tensor, codebooks: Tensor, width: int) -> None:
         raise ValueError(f"expected x (..., D) and codebooks (Q, K, D) with K > 0, got {x.shape = } and {codebooks.shape = }")
 
 
+def _residual(x: Tensor, codebooks: Tensor, cache: PackCache | None) -> tuple[Tensor, Tensor]:
+    rows = as_rows(x)
+    if (native := native_for(rows)) and len(codebooks):
+        entries, packed = pack(codebooks, "l2", native, cache)
+        ids, vectors = native.residual_quantize.default(rows, packed, entries)
+    else:
+        ids, vectors = _reference.residual_quantize(rows, as_entries(codebooks, "l2"))
+    return ids.reshape(*x.shape[:-1], len(codebooks)), vectors.reshape(x.shape)
+
+
 @torch.library.custom_op("tokenzoo::residual_quantize", mutates_args=())
 def _residual_op(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    rows, entries = as_rows(x), codebooks.detach().float().contiguous()
-    native = _native.library() if rows.device.type == "cpu" else None
-    if native is None:
-        ids, vectors = _reference.residual_quantize(rows, entries)
-    else:
-        ids, vectors = native.residual_quantize(rows, [native.pack(codebook, False) for codebook in entries], entries)
-    return ids.reshape(*x.shape[:-1], len(codebooks)), vectors.reshape(x.shape)
+    return _residual(x, codebooks, None)
 
 
 @_residual_op.register_fake

@@ -218,3 +218,18 @@ def test_the_cache_never_answers_for_a_codebook_that_is_gone(lane):
         codebook = torch.randn(256, 8)
         assert torch.equal(nearest(x, codebook, cache=cache), nearest(x, codebook))
         del codebook
+
+
+@pytest.mark.parametrize("dim", [3, 12, 100, 193, 300, 513])
+def test_a_row_gets_the_same_id_in_any_company(lane, dim):
+    """Few rows, tiles that share the codes among threads, and blocks of tiles are three ways through the kernel."""
+    generator = torch.Generator().manual_seed(dim)
+    x, codebook = torch.randn(300, dim, generator=generator), torch.randn(700, dim, generator=generator)
+    x[7], codebook[650] = torch.nan, codebook[13]
+    together = nearest(x, codebook)
+    for count in (1, 5, 16, 17, 33, 64, 200):
+        for first in (0, 100):
+            assert torch.equal(nearest(x[first : first + count], codebook), together[first : first + count])
+    distances = torch.cdist(x.double(), codebook.double())
+    distances[7] = torch.arange(700)
+    assert torch.equal(together, distances.argmin(1))

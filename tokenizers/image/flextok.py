@@ -420,7 +420,7 @@ class FlexTok(Tokenizer):
         Raises:
             TokensError: If there are more or fewer seeds than items.
         """
-        each = [seeds] * len(tokens) if isinstance(seeds, int) else list(seeds)
+        each = list(seeds) if isinstance(seeds, Sequence) else [seeds] * len(tokens)
         if len(each) != len(tokens) or not all(isinstance(seed, int) for seed in each):
             raise TokensError(f"expected a whole number, or one for each of {len(tokens)} items, got {seeds!r}")
         return dataclasses.replace(tokens, extras={**tokens.extras, "seed": torch.tensor(each, dtype=torch.long)})
@@ -572,8 +572,12 @@ def _projector(dim: int, out_dim: int) -> nn.Sequential:
 
 
 def _initialize(tokenizer: FlexTok) -> None:
-    """The published start: Xavier-uniform matrices, and zeros wherever a transformer is modulated or read out."""
-    zeros = {tokenizer.encoder.out, tokenizer.decoder.out, tokenizer.decoder.modulation}
+    """Xavier-uniform matrices, and zeros wherever the decoder is modulated or read out.
+
+    The published start has zeros in the encoder's last layer too. Then all codes are the middle one, and it takes long until
+    the first vector leaves its cell.
+    """
+    zeros = {tokenizer.decoder.out, tokenizer.decoder.modulation}
     for part in (tokenizer.encoder, tokenizer.decoder):
         for module in part.modules():
             if isinstance(module, Block) and module.modulation is not None:

@@ -28,10 +28,8 @@ class VisionFeatures:
         """
         import timm
 
-        if name not in timm.list_models(module="vision_transformer", pretrained=False) + timm.list_pretrained():
-            raise ValueError(
-                f"expected the name of a vision transformer in timm, such as vit_large_patch14_dinov2, got {name!r}"
-            )
+        if not timm.is_model(name):
+            raise ValueError(f"expected a network of timm's, such as vit_large_patch14_dinov2, got {name!r}")
         network = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
         return cls(network, grid)
 

@@ -23,6 +23,7 @@ TOKENIZERS_GROUP = "tokenzoo.tokenizers"
 CARDS_GROUP = "tokenzoo.cards"
 
 _BUILTIN = {
+    "autoencoder_kl": "tokenzoo.tokenizers.image.autoencoder_kl:GridVAE",
     "encodec": "tokenzoo.tokenizers.audio.encodec:Encodec",
     "flextok": "tokenzoo.tokenizers.image.flextok:FlexTok",
     "karl": "tokenzoo.tokenizers.image.karl:KARL",

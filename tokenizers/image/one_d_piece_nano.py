@@ -115,22 +115,30 @@ class SpectralCode(nn.Module):
         Best is the one with the smallest error at half of all tokens, whatever `length` is, so that the ids of a
         shorter code are a prefix of those of a longer one.
         """
+        half = len(self.energy_bias) // 2
+        return self.encode_with_errors(x_BK, length if tries == 1 else max(length, half), tries=tries)[0][:, :length]
+
+    def encode_with_errors(self, x_BK: Tensor, steps: int, *, tries: int = 1) -> tuple[Tensor, Tensor]:
+        """Ids `[B, steps]` as `encode` finds them, and the squared error `[B, steps]` that each of them leaves.
+
+        More than one class is tried with at least half of all tokens, which is where they are compared.
+        """
         centred = x_BK.float() - self.mean.float()
         classes = self.class_lengths(centred).topk(tries, dim=1, largest=False).indices
-        steps = length if tries == 1 else max(length, len(self.energy_bias) // 2)
         ids, errors = self.encode_in(centred.repeat_interleave(tries, 0), classes.flatten(), steps)
-        best = errors.view(-1, tries).argmin(1) + tries * torch.arange(len(x_BK), device=x_BK.device)
-        return ids[best, :length]
+        compared = errors[:, min(steps, len(self.energy_bias) // 2) - 1]
+        best = compared.view(-1, tries).argmin(1) + tries * torch.arange(len(x_BK), device=x_BK.device)
+        return ids[best], errors[best]
 
     def encode_in(self, centred_BK: Tensor, chosen: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Ids `[B, steps]` of centred coefficients in given classes, and the squared error `[B]` at half of all tokens."""
+        """Ids `[B, steps]` of centred coefficients in given classes, and the squared error `[B, steps]` after each."""
         columns = self.columns[chosen, 0].long()
         first = self.first_codebook[chosen].float()
         variant = torch.cdist(centred_BK.gather(1, columns)[:, None], first)[:, 0].argmin(1)
         ids = [chosen * self.variants + variant]
         residual = centred_BK.scatter_add(1, columns, -self.first_codebook[chosen, variant].float())
         energies = residual.new_zeros(len(residual), len(self.energy_bias))
-        errors = residual.square().sum(1)
+        errors = [residual.square().sum(1)]
         for t in range(1, steps):
             columns = self.columns[chosen, t].long()
             scales = self.scales[chosen, t].float() * self.gain(energies, t)[:, None]
@@ -138,9 +146,8 @@ class SpectralCode(nn.Module):
             entries = self.codebook[ids[-1]].float()
             residual = residual.scatter_add(1, columns, -entries * scales)
             energies[:, t] = self.log_energy(entries)
-            if t + 1 == len(self.energy_bias) // 2:
-                errors = residual.square().sum(1)
-        return torch.stack(ids, 1), errors
+            errors.append(residual.square().sum(1))
+        return torch.stack(ids, 1), torch.stack(errors, 1)
 
     def decode(self, ids_BN: Tensor, lengths: Tensor) -> Tensor:
         """Coefficients `[B, K]` of the first `lengths` `[B]` ids; differentiable with respect to the tables."""
@@ -210,9 +217,12 @@ class OneDPieceNano(Tokenizer):
 
     def analyse(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [0, 1] to kept coefficients, float32 `[B, K]`."""
+        return self.spectrum(images)[:, self.kept]
+
+    def spectrum(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [0, 1] to all coefficients, float32 `[B, 3 * H * W]`, which have the pixels' energy."""
         cosines, colours = self._bases(images.device)
-        spectrum = torch.einsum("uh,kc,bchw,vw->bkuv", cosines, colours, images.float() - 0.5, cosines)
-        return spectrum.flatten(1)[:, self.kept]
+        return torch.einsum("uh,kc,bchw,vw->bkuv", cosines, colours, images.float() - 0.5, cosines).flatten(1)
 
     def synthesise(self, x_BK: Tensor) -> Tensor:
         """The inverse of `analyse`, with zeros for the coefficients that are not kept."""

@@ -219,7 +219,19 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
         tokenizer.name, tokenizer.revision, tokenizer.card_text = "", None, ""
         return tokenizer
     cls = registry.tokenizer_class(recipe.architecture)
-    return cls(cls.config_class.from_dict(recipe.config))  # type: ignore[call-arg]
+    tokenizer = cls(cls.config_class.from_dict(recipe.config))  # type: ignore[call-arg]
+    if recipe.inherit:
+        _inherit(tokenizer, load(recipe.inherit))
+    return tokenizer
+
+
+def _inherit(tokenizer: Tokenizer, source: Tokenizer) -> None:
+    """Copies the weights that have the same name and shape in both."""
+    mine, theirs = tokenizer.state_dict(), source.state_dict()
+    shared = {name: tensor for name, tensor in theirs.items() if name in mine and mine[name].shape == tensor.shape}
+    if not shared:
+        raise ConfigError(f"{source.name or source.architecture} has no weights in common with {tokenizer.architecture}")
+    tokenizer.load_state_dict(shared, strict=False)
 
 
 def _initialise(tokenizer: Tokenizer, sampler: CropSampler, recipe: Recipe) -> None:

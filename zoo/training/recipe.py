@@ -51,6 +51,8 @@ class Recipe:
         architecture: Key of the registry; empty when fine-tuning.
         config: Values of the architecture's config.
         start: Card name, Hub repository or folder to fine-tune from, as in `tokenzoo.load`.
+        inherit: What to take first weights from when training from scratch, named as `start`: those of the same name and
+            shape, in a tokenizer of any architecture.
         data: What to train on.
         output: Folder for checkpoints, logs and the result.
         steps: Optimizer steps.
@@ -76,6 +78,7 @@ class Recipe:
     architecture: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
+    inherit: str = ""
     data: DataRecipe = field(default_factory=DataRecipe)
     output: str = "runs/latest"
     steps: int = 1000
@@ -100,6 +103,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if bool(self.architecture) == bool(self.start):
             raise ConfigError("expected either architecture (train from scratch) or start (fine-tune) in the recipe")
+        if self.inherit and self.start:
+            raise ConfigError("expected inherit only beside architecture: what a run starts from is whole")
         if self.precision not in ("no", "bf16"):
             raise ConfigError(f"recipe: expected precision to be no or bf16, got {self.precision!r}")
         for name in ("steps", "batch_size", "log_every", "save_every", "eval_every"):

@@ -303,18 +303,20 @@ std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& ids, int64_t
   float *number = static_cast<float*>(counts.mutable_data_ptr()), *total = static_cast<float*>(sums.mutable_data_ptr());
   const int64_t step = std::max<int64_t>(64, size / 64);
   parallel((size + step - 1) / step, [&](int64_t block) {
-    for (int64_t k = block * step; k < std::min(size, (block + 1) * step); ++k) {
-      number[k] = static_cast<float>(start[k + 1] - start[k]);
-      search().add_rows(floats(x), order.data() + start[k], start[k + 1] - start[k], width, total + k * width);
+    const int64_t last = std::min(size, (block + 1) * step);
+    std::fill_n(total + block * step * width, (last - block * step) * width, 0.f);
+    for (int64_t k = block * step; k < last; ++k) {
+      const int64_t rows = start[k + 1] - start[k];
+      number[k] = static_cast<float>(rows);
+      if (rows) search().add_rows(floats(x), order.data() + start[k], rows, width, total + k * width);
     }
   });
   return {counts, sums};
 }
 
-// Ids, entries, loss and, on request, code_sums. Squared errors are added up by blocks of fixed size, so that the order of
-// the summation does not depend on the threads.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& x, const Tensor& packed, const Tensor& codebook,
-                                                            bool statistics) {
+// Ids, entries and loss. Squared errors are added up by blocks of fixed size, so that the order of the summation does not
+// depend on the threads.
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Tensor& packed, const Tensor& codebook) {
   const int64_t count = x.size(0), width = x.size(1), block = search().rows;
   Tensor ids = make(x, {count}, ScalarType::Long), out = make(x, {count, width}, ScalarType::Float);
   Tensor loss = make(x, {}, ScalarType::Float);
@@ -329,9 +331,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& x, con
   double total = 0;
   for (const double error : errors) total += error;
   *static_cast<float*>(loss.mutable_data_ptr()) = count ? static_cast<float>(total / static_cast<double>(count * width)) : 0.f;
-  auto [counts, sums] = statistics ? code_sums(x, ids, codebook.size(0))
-                                   : std::tuple(make(x, {0}, ScalarType::Float), make(x, {0, width}, ScalarType::Float));
-  return {ids, out, loss, counts, sums};
+  return {ids, out, loss};
+}
+
+// As quantize, and the sums of the rows of each code.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_statistics(const Tensor& x, const Tensor& packed,
+                                                                       const Tensor& codebook) {
+  const auto [ids, vectors, loss] = quantize(x, packed, codebook);
+  const auto [counts, sums] = code_sums(x, ids, codebook.size(0));
+  return {ids, vectors, loss, counts, sums};
 }
 
 // Every stage quantizes what the stages before it left over; a block of rows stays in the cache for all of them.
@@ -419,7 +427,8 @@ int64_t instruction_set() { return search().lanes * 32; }
 STABLE_TORCH_LIBRARY(tokenzoo_native, m) {
   m.def("pack(Tensor codebook, bool dot) -> Tensor");
   m.def("nearest(Tensor x, Tensor packed, int size) -> Tensor");
-  m.def("quantize(Tensor x, Tensor packed, Tensor codebook, bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("quantize(Tensor x, Tensor packed, Tensor codebook) -> (Tensor, Tensor, Tensor)");
+  m.def("quantize_statistics(Tensor x, Tensor packed, Tensor codebook) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("code_sums(Tensor x, Tensor ids, int size) -> (Tensor, Tensor)");
   m.def("residual_quantize(Tensor x, Tensor[] packed, Tensor codebooks) -> (Tensor, Tensor)");
   m.def("fsq(Tensor x, Tensor thresholds, Tensor scale, Tensor shift, Tensor basis) -> (Tensor, Tensor)");
@@ -431,6 +440,7 @@ STABLE_TORCH_LIBRARY_IMPL(tokenzoo_native, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("nearest", TORCH_BOX(&nearest));
   m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("quantize_statistics", TORCH_BOX(&quantize_statistics));
   m.impl("code_sums", TORCH_BOX(&code_sums));
   m.impl("residual_quantize", TORCH_BOX(&residual_quantize));
   m.impl("fsq", TORCH_BOX(&fsq));

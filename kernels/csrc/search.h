@@ -240,12 +240,11 @@ typedef float Four __attribute__((vector_size(16)));
 typedef float FourUnaligned __attribute__((vector_size(16), aligned(4)));
 
 double gather(const float* x, const int64_t* ids, int64_t count, const float* codebook, int64_t width, float* out) {
-  double total = 0;
+  Vec wide = splat(0.f);
+  Four narrow = {};
+  float rest = 0;
   for (int64_t n = 0; n < count; ++n, x += width, out += width) {
     const float* entry = codebook + ids[n] * width;
-    Vec wide = splat(0.f);
-    Four narrow = {};
-    float rest = 0;
     int64_t d = 0;
     for (; d + LANES <= width; d += LANES) {
       const Vec value = load(entry + d), error = value - load(x + d);
@@ -262,17 +261,14 @@ double gather(const float* x, const int64_t* ids, int64_t count, const float* co
       out[d] = entry[d];
       rest += (entry[d] - x[d]) * (entry[d] - x[d]);
     }
-    float parts[LANES];
-    store(parts, wide);
-    for (int half = LANES / 2; half; half /= 2)
-      for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-    total += static_cast<double>(parts[0] + (narrow[0] + narrow[1]) + (narrow[2] + narrow[3]) + rest);
   }
+  double total = static_cast<double>(rest);
+  for (int i = 0; i < LANES; ++i) total += static_cast<double>(wide[i]);
+  for (int i = 0; i < 4; ++i) total += static_cast<double>(narrow[i]);
   return total;
 }
 
 void add_rows(const float* rows, const int64_t* order, int64_t count, int64_t width, float* total) {
-  for (int64_t d = 0; d < width; ++d) total[d] = 0.f;
   for (int64_t i = 0; i < count; ++i) {
     const float* row = rows + order[i] * width;
     int64_t d = 0;

@@ -40,7 +40,7 @@ struct SearchTable {
                    int64_t last, float* best, int32_t* code);
   // The entry of each row into out; returns the sum of squared differences.
   double (*gather)(const float* x, const int64_t* ids, int64_t count, const float* codebook, int64_t width, float* out);
-  // Sum of the rows that order names, added in that order.
+  // Adds the rows that order names to a total, in that order.
   void (*add_rows)(const float* rows, const int64_t* order, int64_t count, int64_t width, float* total);
   // Takes the entry of each row off its residual and adds it to its total.
   void (*step_residual)(float* residual, float* total, const int64_t* ids, int64_t count, const float* codebook, int64_t width);

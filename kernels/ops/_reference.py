@@ -1,13 +1,13 @@
 """What the kernels compute, in plain PyTorch; and the fallback that answers where nothing faster can.
 
 Distances are compared as |c|^2 - 2 x.c after the mean of the codebook is taken off both sides. The fallback scores a chunk
-of rows at a time, small enough for the cache, and lets NumPy find the largest: its argmax is vectorised, torch's is not.
+of rows at a time into the same memory, and lets NumPy find the largest: its argmax is vectorised, torch's is not.
 """
 
 import torch
 from torch import Tensor
 
-_CHUNK_SCORES = 1 << 19
+_CHUNK_SCORES = 1 << 20
 
 
 def centred(codebook: Tensor, *, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,17 +32,22 @@ def nearest(x: Tensor, codebook: Tensor, *, dot: bool) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         mean, entries, bias = centred(codebook, dot=dot)
-        chunks = [_best(part - mean, entries, bias) for part in x.split(max(16, _CHUNK_SCORES // len(codebook)))]
-    return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.long, device=x.device)
+        # The bias rides along as one more dim, against ones: one product gives the scores.
+        table = torch.cat([entries, bias[:, None]], 1).T.contiguous()
+        rows = torch.cat([x - mean, x.new_ones(len(x), 1)], 1)
+        chunk = min(max(16, _CHUNK_SCORES // len(codebook)), max(1, len(x)))
+        scores = x.new_empty(chunk, len(codebook))
+        ids = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        for part, into in zip(rows.split(chunk), ids.split(chunk), strict=True):
+            _first_largest(torch.mm(part, table, out=scores[: len(part)]), into)
+    return torch.where(x.isfinite().all(1), ids, 0)
 
 
-def _best(rows: Tensor, entries: Tensor, bias: Tensor) -> Tensor:
-    scores = torch.addmm(bias, rows, entries.T)
+def _first_largest(scores: Tensor, into: Tensor) -> None:
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        best = torch.from_numpy(scores.numpy().argmax(1))
+        scores.numpy().argmax(1, out=into.numpy())
     else:
-        best = scores.argmax(1)
-    return torch.where(rows.isfinite().all(1), best, 0)
+        torch.argmax(scores, 1, out=into)
 
 
 def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:

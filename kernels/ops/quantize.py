@@ -17,15 +17,15 @@ class Quantized(NamedTuple):
         ids: int64 `(...)`.
         vectors: Their entries, float32 `(..., D)`.
         loss: Mean squared distance between vectors and entries, float32 `()`.
-        counts: How many vectors have each code, float32 `(K,)`; empty unless asked for.
-        sums: Sums of those vectors, float32 `(K, D)`; empty unless asked for.
+        counts: How many vectors have each code, float32 `(K,)`; only when asked for.
+        sums: Sums of those vectors, float32 `(K, D)`; only when asked for.
     """
 
     ids: Tensor
     vectors: Tensor
     loss: Tensor
-    counts: Tensor
-    sums: Tensor
+    counts: Tensor | None = None
+    sums: Tensor | None = None
 
 
 def quantize(
@@ -53,12 +53,14 @@ def quantize(
         if metric == "cosine":
             x, codebook = F.normalize(x.float(), dim=-1), F.normalize(codebook.float(), dim=-1)
         vectors, loss, ids, counts, sums = torch.ops.tokenzoo.quantize(x, codebook, statistics)
-        return Quantized(ids, vectors, loss, counts, sums)
+        return Quantized(ids, vectors, loss, counts, sums) if statistics else Quantized(ids, vectors, loss)
     rows = as_rows(x)
     if metric == "cosine":
         rows = F.normalize(rows, dim=-1)
-    ids, vectors, loss, counts, sums = _quantize_rows(rows, codebook, metric, cache, statistics)
-    return Quantized(ids.reshape(x.shape[:-1]), vectors.reshape(x.shape), loss, counts, sums)
+    found = Quantized(*_quantize_rows(rows, codebook, metric, cache, statistics))
+    if x.dim() == 2:
+        return found
+    return found._replace(ids=found.ids.reshape(x.shape[:-1]), vectors=found.vectors.reshape(x.shape))
 
 
 def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -86,26 +88,23 @@ def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _quantize_rows(
     rows: Tensor, codebook: Tensor, metric: str, cache: PackCache | None, statistics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if native := native_for(rows):
         entries, packed = pack(codebook, metric, native, cache)
-        return native.quantize.default(rows, packed, entries, statistics)
+        return (native.quantize_statistics if statistics else native.quantize).default(rows, packed, entries)
     entries = as_entries(codebook, metric)
     ids = search(rows, codebook, metric)
     vectors = entries[ids]
     loss = F.mse_loss(vectors, rows) if rows.numel() else rows.new_zeros(())
-    return (
-        ids,
-        vectors,
-        loss,
-        *(code_sums(rows, ids, len(entries)) if statistics else (rows.new_empty(0), rows.new_empty(0, rows.shape[1]))),
-    )
+    return ids, vectors, loss, *(code_sums(rows, ids, len(entries)) if statistics else ())
 
 
 @torch.library.custom_op("tokenzoo::quantize", mutates_args=())
 def _quantize_op(x: Tensor, codebook: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ids, vectors, loss, counts, sums = _quantize_rows(as_rows(x), codebook, "l2", None, statistics)
-    return vectors.reshape(x.shape), loss, ids.reshape(x.shape[:-1]), counts, sums
+    rows = as_rows(x)
+    ids, vectors, loss, *sums = _quantize_rows(rows, codebook, "l2", None, statistics)
+    counts, totals = sums or (rows.new_empty(0), rows.new_empty(0, rows.shape[1]))
+    return vectors.reshape(x.shape), loss, ids.reshape(x.shape[:-1]), counts, totals
 
 
 @_quantize_op.register_fake

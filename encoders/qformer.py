@@ -70,8 +70,8 @@ class QueryTransformer(nn.Module):
         memory_positions: Tensor,
         *,
         keep: int | None = None,
-        tap: int = 0,
-    ) -> tuple[Tensor, Tensor | None]:
+        tap: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Queries after every layer.
 
         Args:
@@ -80,20 +80,21 @@ class QueryTransformer(nn.Module):
             memory_BMD: `[B, M, D]`.
             memory_positions: `[1, M, D]`.
             keep: How many of the first queries are read afterwards; all by default.
-            tap: Number of the layer, from 1, whose output is returned as well; 0 for none.
+            tap: Number of the layer, from 1, whose output is returned as well; the last one by default.
 
         Returns:
-            `[B, keep, D]`, and the tapped layer's output `[B, Q, D]` (`[B, keep, D]` if that is the last one) or `None`.
+            The normalised output `[B, keep, D]`, and that of layer `tap`, not normalised: `[B, Q, D]`, or `[B, keep, D]` of
+            the last one.
         """
-        key_BMD, tapped = memory_BMD + memory_positions, None
+        key_BMD = memory_BMD + memory_positions
         keep = queries_BQD.shape[1] if keep is None else keep
-        x_BQD = queries_BQD
+        x_BQD = tapped_BQD = queries_BQD
         for number, layer in enumerate(self.layers, 1):
             read = keep if number == len(self.layers) else x_BQD.shape[1]
             x_BQD = layer(x_BQD, query_positions, key_BMD, memory_BMD, read)
-            if number == tap:
-                tapped = x_BQD
-        return self.norm_post(x_BQD), tapped
+            if number == (tap or len(self.layers)):
+                tapped_BQD = x_BQD
+        return self.norm_post(x_BQD), tapped_BQD
 
 
 def multi_level_queries(grid_BDhw: Tensor, count: int) -> Tensor:

@@ -28,9 +28,10 @@ from torch.nn import functional as F
 
 from tokenzoo.encoders.qformer import QueryTransformer, multi_level_queries
 from tokenzoo.encoders.vqgan import ConvEncoder, StyledDecoder
-from tokenzoo.tokenizers import Codes, Output, Tokenizer, TokenizerConfig
+from tokenzoo.tokenizers import Codes, ConfigError, Output, Tokenizer, TokenizerConfig
 from tokenzoo.tokenizers.adapter import Adapter
 from tokenzoo.tokenizers.images import Images
+from tokenzoo.tokenizers.learning import Learning
 from tokenzoo.tokenizers.quality import psnr
 from tokenzoo.tokenizers.quantizers import VectorQuantizer
 from tokenzoo.tokenizers.spec import Modality
@@ -58,9 +59,14 @@ class ReToKConfig(TokenizerConfig):
         token_dim: C, width of a code.
         codebook_size: Codes.
         commitment: Weight of the commitment loss.
-        align_dim: Width of the frozen features that training aligns the decoder with; 0 for no alignment head.
-        align_layer: Layer of the decoder, from 1, that is aligned.
-        align_weight: Weight of the alignment loss for the shortest prefix; it falls to 0 at the longest.
+        kmeans_iterations: Rounds of k-means by which the first training batch sets the codebook; 0 for a random start.
+        restart_after: Training steps after which a code that nothing chose is set to a vector of the batch; 0 for never.
+        direct_until: Share of the training, from its start, in which the convolutions are also trained without tokens between
+            them, and the features that come out of the tokens to equal those that went in.
+        alignment_network: timm network whose patch features training aligns the decoder with; empty for none.
+        alignment_dim: Width of those features.
+        alignment_layer: Layer of the decoder, from 1, that is aligned.
+        alignment_weight: Weight of the alignment loss for the shortest prefix; it falls to 0 at the longest.
     """
 
     image_size: int = 256
@@ -79,9 +85,13 @@ class ReToKConfig(TokenizerConfig):
     token_dim: int = 8
     codebook_size: int = 16384
     commitment: float = 0.25
-    align_dim: int = 0
-    align_layer: int = 3
-    align_weight: float = 0.5
+    kmeans_iterations: int = 0
+    restart_after: int = 0
+    direct_until: float = 0.01
+    alignment_network: str = ""
+    alignment_dim: int = 768
+    alignment_layer: int = 3
+    alignment_weight: float = 0.5
 
     @property
     def patch_size(self) -> int:
@@ -95,7 +105,15 @@ class ReToKConfig(TokenizerConfig):
 
     def validate_sizes(self) -> None:
         """Checks that sizes are positive and divide as they must."""
-        for name in ("encoder_layers", "decoder_layers", "feature_dim", "blocks", "token_dim", "codebook_size"):
+        for name in (
+            "encoder_layers",
+            "decoder_layers",
+            "feature_dim",
+            "blocks",
+            "token_dim",
+            "codebook_size",
+            "alignment_dim",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
         for side in ("encoder", "decoder"):
@@ -108,9 +126,12 @@ class ReToKConfig(TokenizerConfig):
             )
         if self.grid < 2 or self.image_size % self.patch_size:
             raise ValueError(f"expected an image of several cells of {self.patch_size} pixels, got {self.image_size = }")
+        if not 1 <= self.alignment_layer <= self.decoder_layers:
+            raise ValueError(f"expected alignment_layer from 1 to {self.decoder_layers}, got {self.alignment_layer}")
+        self._check_queries()
 
-    def validate_queries(self) -> None:
-        """Checks that the queries can start as averages over blocks of the map."""
+    def _check_queries(self) -> None:
+        """The queries start as averages over equal blocks of the map."""
         doublings = self.num_tokens.bit_length() - 1
         if self.num_tokens < 1 or self.num_tokens != 2**doublings:
             raise ValueError(f"expected num_tokens to be a power of two, got {self.num_tokens}")
@@ -118,11 +139,6 @@ class ReToKConfig(TokenizerConfig):
             raise ValueError(f"expected {self.num_tokens = } to split {self.grid} x {self.grid} cells into equal blocks")
         if not 0 <= self.num_padding <= self.num_tokens:
             raise ValueError(f"expected num_padding from 0 to {self.num_tokens}, got {self.num_padding}")
-
-    def validate_alignment(self) -> None:
-        """Checks that the aligned layer exists."""
-        if self.align_dim < 0 or (self.align_dim and not 1 <= self.align_layer <= self.decoder_layers):
-            raise ValueError(f"expected align_layer from 1 to {self.decoder_layers}, got {self.align_layer}")
 
 
 class TokenEncoder(nn.Module):
@@ -163,7 +179,7 @@ class TokenDecoder(nn.Module):
 
     def __init__(self, config: ReToKConfig) -> None:
         super().__init__()
-        dim, self.grid, self.tap = config.decoder_dim, config.grid, config.align_layer
+        dim, self.grid, self.tap = config.decoder_dim, config.grid, config.alignment_layer
         self.unquant = nn.Linear(config.token_dim, config.feature_dim)
         self.norm_pre = nn.LayerNorm(config.feature_dim)
         self.embed = nn.Linear(config.feature_dim, dim)
@@ -173,7 +189,7 @@ class TokenDecoder(nn.Module):
         self.transformer = QueryTransformer(dim, config.decoder_layers, config.decoder_heads)
         self.conv_out = nn.Conv2d(dim, config.feature_dim, 3, padding=1)
 
-    def forward(self, vectors_BNC: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, vectors_BNC: Tensor) -> tuple[Tensor, Tensor]:
         """The first vectors `[B, N', C]` to features `[B, F, h, w]`, and the aligned layer's output `[B, h * w, D]`."""
         memory_BMD = self.embed(self.norm_pre(self.unquant(vectors_BNC)))
         token_positions = torch.cat([self.token_positions, self.padding_positions])[: memory_BMD.shape[1]]
@@ -221,7 +237,7 @@ PUBLISHED = Adapter(
         ("post_quant_conv.", "token_decoder.unquant."),
         ("s1to2decoder.decoder_embed.", "token_decoder.embed."),
         ("s1to2decoder.conv_out.", "token_decoder.conv_out."),
-        ("s1to2decoder.distill_mlp.", "align_head."),
+        ("s1to2decoder.distill_mlp.", "alignment."),
         *(("s2to1encoder." + published, "token_encoder." + ours) for published, ours in _TRANSFORMER),
         *(("s1to2decoder." + published, "token_decoder." + ours) for published, ours in _TRANSFORMER),
     ),
@@ -238,8 +254,8 @@ class ReToK(Tokenizer):
     """The tokenizer: up to `num_tokens` ids per image, of which any prefix decodes.
 
     Attributes:
-        features: Frozen network that the alignment loss compares with: images `[B, 3, H, W]` in [0, 1] to `[B, h', w', D']`
-            with D' = `config.align_dim`; `None` to train without. It is no part of the weights.
+        features: Gives `[B, h * w, alignment_dim]` of images `[B, 3, H, W]` in [0, 1], for training with an
+            `alignment_network`; that network if `None`. It is no part of the weights.
     """
 
     architecture: ClassVar[str] = "retok"
@@ -255,17 +271,16 @@ class ReToK(Tokenizer):
         self.token_encoder = TokenEncoder(config)
         self.token_decoder = TokenDecoder(config)
         self.conv_decoder = StyledDecoder(*shape)
-        wide = 4 * config.decoder_dim
-        self.align_head = (
-            nn.Sequential(
-                *(nn.Linear(config.decoder_dim, wide), nn.SiLU(), nn.Linear(wide, wide), nn.SiLU()),
-                nn.Linear(wide, config.align_dim),
-            )
-            if config.align_dim
-            else None
+        self.alignment = _projector(config.decoder_dim, config.alignment_dim) if config.alignment_network else None
+        self.quantizer = VectorQuantizer(
+            config.codebook_size,
+            config.token_dim,
+            metric="cosine",
+            commitment=config.commitment,
+            gradient="rotation",
+            learning=_learning(config),
         )
-        self.apply(_initialize)
-        self.quantizer = VectorQuantizer(config.codebook_size, config.token_dim, metric="cosine", commitment=config.commitment)
+        self.quantizer.codebook.data = F.normalize(self.quantizer.codebook.data, dim=-1)
         self.features: Callable[[Tensor], Tensor] | None = None
 
     def _describe(self) -> dict[str, Any]:
@@ -278,33 +293,37 @@ class ReToK(Tokenizer):
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         del lengths, extras
-        images, _ = self._paint(self.quantizer.lookup(ids[:, 0]).to(self.dtype))
-        return images.clamp(0, 1)
+        features, _ = self.token_decoder(self.quantizer.lookup(ids[:, 0]).to(self.dtype))
+        return self._paint(features).clamp(0, 1)
 
-    def _paint(self, vectors_BNC: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images `[B, 3, H, W]` about [0, 1], and the aligned layer's output, of a prefix of the tokens' vectors."""
-        features, tapped = self.token_decoder(vectors_BNC)
-        return (self.conv_decoder(features) + 1) / 2, tapped
+    def _paint(self, features: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` about [0, 1] of features `[B, F, h, w]`."""
+        return (self.conv_decoder(features) + 1) / 2
 
     def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:
-        """Squared error of the pixels, the quantizer's loss, and alignment with frozen features where there are any.
+        """Squared error of the pixels, the quantizer's loss, and alignment with an `alignment_network`.
 
         The prefix that is decoded is uniform from 1 to all N + P tokens, one length per batch, so that a real token is
         kept with at least the probability P / (N + P). The alignment loss is one minus the mean cosine similarity,
-        times `align_weight` (GigaTok's 0.5) and a factor that falls linearly from 1 for the shortest prefix to 0 for the
-        longest: the paper says that it falls, not how. The published recipe adds perceptual and adversarial losses.
+        times `alignment_weight` (GigaTok's 0.5) and a factor that falls linearly from 1 for the shortest prefix to 0 for the
+        longest: the paper says that it falls, not how. Up to `direct_until` there are GigaTok's two losses that start the
+        convolutions and the transformers separately. The published recipe adds perceptual and adversarial losses.
         """
-        del progress
-        vectors, ids, commitment = self.quantizer(self.token_encoder(self.conv_encoder(2 * batch - 1), padding=self.training))
+        features = self.conv_encoder(2 * batch - 1)
+        vectors, ids, commitment = self.quantizer(self.token_encoder(features, padding=self.training))
         kept = self._training_length(generator) if self.training else self.config.num_tokens
-        reconstruction, tapped = self._paint(vectors[:, :kept].to(batch.dtype))
+        decoded, tapped = self.token_decoder(vectors[:, :kept].to(batch.dtype))
+        reconstruction = self._paint(decoded)
         losses = {"reconstruction": F.mse_loss(reconstruction.float(), batch.float()), "quantizer": commitment}
         used = torch.bincount(ids.flatten(), minlength=self.config.codebook_size).count_nonzero()
         metrics = {"psnr": psnr(reconstruction.detach().clamp(0, 1), batch).mean(), "codes_used": used}
-        if self.features is not None and tapped is not None:
-            distance = 1 - self._similarity(tapped, batch)
+        if self.training and progress < self.config.direct_until:
+            losses["direct"] = F.mse_loss(self._paint(features).float(), batch.float())
+            losses["features"] = F.mse_loss(decoded.float(), features.detach().float())
+        if self.alignment is not None:
+            distance = self._alignment_distance(self.alignment(tapped), batch)
             total = self.config.num_tokens + self.config.num_padding
-            losses["alignment"] = self.config.align_weight * (total - kept) / max(1, total - 1) * distance
+            losses["alignment"] = self.config.alignment_weight * (total - kept) / max(1, total - 1) * distance
             metrics["alignment_distance"] = distance.detach()
         return Output(reconstruction, losses, metrics)
 
@@ -314,28 +333,33 @@ class ReToK(Tokenizer):
         device = generator.device if generator is not None else "cpu"
         return int(torch.randint(1, total + 1, (), generator=generator, device=device))
 
-    def _similarity(self, tapped_BLD: Tensor, batch: Tensor) -> Tensor:
-        """Mean cosine similarity of the projected layer with the frozen features, resampled to the decoder's map."""
-        if self.features is None or self.align_head is None:
-            raise RuntimeError("expected a feature network and a head to align with it")
+    def _alignment_distance(self, projected: Tensor, images: Tensor) -> Tensor:
+        """1 minus the mean cosine similarity between the projected layer and the features of the images."""
+        if self.features is None:
+            from tokenzoo.encoders.vision import VisionFeatures
+
+            self.features = VisionFeatures.load(self.config.alignment_network, self.config.grid)
         with torch.no_grad():
-            frozen = self.features(batch).permute(0, 3, 1, 2).float()
-        if frozen.shape[1] != self.config.align_dim:
-            raise ValueError(f"expected features of width align_dim = {self.config.align_dim}, got {frozen.shape[1]}")
-        if frozen.shape[2:] != (self.config.grid, self.config.grid):
-            frozen = F.interpolate(frozen, (self.config.grid, self.config.grid), mode="bilinear", antialias=True)
-        projected = self.align_head(tapped_BLD).float()
-        return F.cosine_similarity(projected, frozen.flatten(2).transpose(1, 2), dim=-1).mean()
+            wanted = self.features(images)
+        if wanted.shape != projected.shape:
+            network = self.config.alignment_network
+            raise ConfigError(f"expected features {tuple(projected.shape)} of {network}, got {tuple(wanted.shape)}")
+        return 1 - F.cosine_similarity(projected.float(), wanted.float(), dim=-1).mean()
+
+
+def _learning(config: ReToKConfig) -> Learning | None:
+    """What keeps the codebook in use; `None` as published, which adds nothing to the state dict."""
+    if not (config.kmeans_iterations or config.restart_after):
+        return None
+    return Learning(kmeans_iterations=config.kmeans_iterations, restart_after=config.restart_after or None)
+
+
+def _projector(dim: int, out_dim: int) -> nn.Sequential:
+    """REPA's projection (https://arxiv.org/abs/2410.06940)."""
+    wide = 4 * dim
+    return nn.Sequential(nn.Linear(dim, wide), nn.SiLU(), nn.Linear(wide, wide), nn.SiLU(), nn.Linear(wide, out_dim))
 
 
 def _positions(length: int, dim: int) -> nn.Parameter:
     """Learned positions `[length, 1, dim]`, as published."""
     return nn.Parameter(torch.randn(length, 1, dim) / math.sqrt(dim))
-
-
-def _initialize(module: nn.Module) -> None:
-    """The published start of linear layers and convolutions."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -1,6 +1,6 @@
 # The verbs: make demo, make test, make style, make bench. Each makes its virtual environment first.
-# "make bench" compares with peers that are installed beside (faiss-cpu, vector-quantize-pytorch), and whole tokenizers with
-# PEER=file.py; see benchmarks/encode.py for what that file has to offer.
+# "make bench" compares with FAISS, vector-quantize-pytorch and transformers, and whole tokenizers with PEER=file.py; see
+# benchmarks/encode.py for what that file has to offer. Its reports go to OUT; REPORTS=kernels/benchmarks replaces ours.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 # TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu".
 TORCH ?=
 OUT ?= out
+REPORTS ?= $(OUT)
 
 .PHONY: demo test style bench clean
 
@@ -24,6 +25,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --editable ".[test,style]"
 	touch $@
 
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --editable ".[bench]"
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/tokenzoo demo --out $(OUT)
 
@@ -35,9 +40,12 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	./.ci/typecheck $(BIN)/python
 
-bench: $(VENV)/.installed-dev
-	$(BIN)/python kernels/benchmarks/lookup.py
-	$(BIN)/python kernels/benchmarks/relatives.py
+bench: $(VENV)/.installed-bench
+	mkdir -p $(REPORTS)
+	$(BIN)/python kernels/benchmarks/lookup.py --out $(REPORTS)/report.json
+	$(BIN)/python kernels/benchmarks/relatives.py --out $(REPORTS)/relatives.json
+	$(BIN)/python kernels/benchmarks/exactness.py --out $(REPORTS)/exactness.json
+	$(BIN)/python kernels/benchmarks/plot.py --report $(REPORTS)/report.json --out $(REPORTS)/lookup.svg
 	$(BIN)/python benchmarks/encode.py one_d_piece_s.in1k_256 titok_b64.in1k $(if $(PEER),--peer $(PEER))
 
 clean:

@@ -1,19 +1,23 @@
-"""Writes the README's tables from the cards and the benchmark reports, so that no number in it is typed by hand.
+"""Writes the READMEs' tables from the cards and the benchmark reports, so that no number in them is typed by hand.
 
-python benchmarks/readme.py            # rewrites README.md
-python benchmarks/readme.py --check    # exits with 1 if it is out of date
+python benchmarks/readme.py            # rewrites README.md and kernels/benchmarks/README.md
+python benchmarks/readme.py --check    # exits with 1 if one is out of date
 """
 
 import argparse
 import json
 import re
+import runpy
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tokenzoo.registry import cards
 
 ROOT = Path(__file__).parents[1]
 NANO = "one_d_piece_nano.photos"
+KERNELS = runpy.run_path(str(ROOT / "kernels" / "benchmarks" / "tables.py"))
 
 
 def models() -> str:
@@ -30,19 +34,6 @@ def models() -> str:
 def nano() -> str:
     """The rate-distortion table of the bundled tokenizer's card."""
     return block(cards()[NANO].body, "measured")
-
-
-def lookup() -> str:
-    """The lookup benchmark's report."""
-    report = json.loads((ROOT / "kernels" / "benchmarks" / "report.json").read_text())
-    rows = report["rows"]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(name, "")) for name in columns) + " |" for row in rows]
-    machine = report["machine"]
-    return "\n".join(
-        [*lines, "", f"{machine['cpu']}, {machine['threads']} threads, {machine['kernels']}; medians of paired rounds."]
-    )
 
 
 def encode() -> str:
@@ -62,9 +53,28 @@ def block(text: str, name: str) -> str:
     return match[1].strip()
 
 
-def render(text: str) -> str:
-    """The README with its tables filled in."""
-    for name, make in (("models", models), ("nano", nano), ("encode", encode), ("lookup", lookup)):
+def kernels(table: str, report: str) -> str:
+    """One of the kernels' tables, and below the lookup's short one what it was measured on."""
+    found = KERNELS["load"](report)
+    made: str = KERNELS[table](found)
+    return f"{made}\n\n{KERNELS['machine_line'](found)}" if table in ("short_table", "lookup_table") else made
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"models": models, "nano": nano, "encode": encode, "lookup": partial(kernels, "short_table", "report.json")},
+    "kernels/benchmarks/README.md": {
+        "lookup": partial(kernels, "lookup_table", "report.json"),
+        "costs": partial(kernels, "cost_table", "report.json"),
+        "memory": partial(kernels, "memory_table", "report.json"),
+        "relatives": partial(kernels, "relatives_table", "relatives.json"),
+        "exactness": partial(kernels, "exactness_table", "exactness.json"),
+    },
+}
+
+
+def render(text: str, tables: dict[str, Callable[[], str]]) -> str:
+    """The page with its tables filled in."""
+    for name, make in tables.items():
         block(text, name)
         filled = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
         text = re.sub(f"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, filled=filled: filled, text, flags=re.DOTALL)  # type: ignore[misc]
@@ -76,12 +86,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = render(before)
-    if options.check and after != before:
-        sys.exit("README.md is out of date: run python benchmarks/readme.py")
-    path.write_text(after)
+    for page, tables in PAGES.items():
+        path = ROOT / page
+        before = path.read_text()
+        after = render(before, tables)
+        if options.check and after != before:
+            sys.exit(f"{page} is out of date: run python benchmarks/readme.py")
+        path.write_text(after)
 
 
 if __name__ == "__main__":

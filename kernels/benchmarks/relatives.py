@@ -1,8 +1,9 @@
-"""The lookup's relatives beside the usual PyTorch: residual stages, folded projections, scalar quantization, overheads.
+"""The lookup's relatives beside what people use instead: residual stages, folded projections, scalar quantization.
 
-    python kernels/benchmarks/relatives.py --out report.json
+    python kernels/benchmarks/relatives.py --out kernels/benchmarks/relatives.json
+    python kernels/benchmarks/relatives.py --only FSQ LFQ --merge kernels/benchmarks/relatives.json
 
-Measured as in `lookup.py`; the ratio is peer time / our time.
+Measured as in `lookup.py`; the ratio is peer time / our time. The modules of transformers are those that its models run.
 """
 
 import argparse
@@ -13,130 +14,191 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lookup import measure
-from torch import Tensor
+from lookup import require_green_tests
+from report import merge, rounded, sources
+from tables import relatives_table
+from timing import Contender, measure, ratio
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenzoo.kernels import (
     PackCache,
     Projections,
-    code_sums,
     fsq_quantize,
+    grouped_quantize,
     lfq_quantize,
-    nearest,
+    lookup,
     projected_residual_quantize,
-    quantize,
     residual_quantize,
 )
 
 LEVELS = (8, 8, 8, 5, 5, 5)
+Contest = dict[str, Contender]
 
 
-def residual_loop(x: Tensor, codebooks: Tensor) -> Tensor:
-    """EnCodec's stages as transformers writes them."""
-    residual, ids = x, []
-    for codebook in codebooks:
-        scores = -(residual.square().sum(1, keepdim=True) - 2 * residual @ codebook.T + codebook.T.square().sum(0))
-        ids.append(scores.max(-1).indices)
-        residual = residual - F.embedding(ids[-1], codebook)
-    return torch.stack(ids, -1)
+def residual(count: int, width: int, stages: int, size: int) -> Contest:
+    """Residual stages; ours also returns the sum of the entries, the others ids alone."""
+    from transformers import EncodecConfig, MimiConfig
+    from transformers.models.encodec import modeling_encodec as encodec
+    from transformers.models.mimi import modeling_mimi as mimi
 
-
-def projected_loop(x: Tensor, codebooks: Tensor, maps: Projections) -> Tensor:
-    """DAC's stages as published: 1x1 convolutions, and distances of normalised vectors."""
-    residual, ids = x.T[None], []
+    x, codebooks, cache = torch.randn(count, width), torch.randn(stages, size, width), PackCache()
+    columns = x.T[None].contiguous()
+    config = EncodecConfig(codebook_size=size, codebook_dim=width)
+    as_encodec = encodec.EncodecResidualVectorQuantizer(config)
+    as_encodec.layers = nn.ModuleList(encodec.EncodecVectorQuantization(config) for _ in codebooks)
+    sizes = {"codebook_dim": width, "hidden_size": width, "vector_quantization_hidden_dimension": width}
+    as_mimi = mimi.MimiResidualVectorQuantizer(MimiConfig(codebook_size=size, **sizes), stages)
     for q, codebook in enumerate(codebooks):
-        narrow = F.conv1d(residual, maps.in_weight[q][..., None], maps.in_bias[q])[0].T
-        a, b = F.normalize(narrow), F.normalize(codebook)
-        distances = a.pow(2).sum(1, keepdim=True) - 2 * a @ b.T + b.pow(2).sum(1, keepdim=True).T
-        ids.append((-distances).max(1)[1])
-        step = F.conv1d(F.embedding(ids[-1], codebook).T[None], maps.out_weight[q][..., None], maps.out_bias[q])
-        residual = residual - step
-    return torch.stack(ids, -1)
-
-
-def eager_fsq(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Finite scalar quantization as its paper writes it."""
-    count = torch.tensor(LEVELS, dtype=torch.float32)
-    half, offset = (count - 1) * 1.001 / 2, torch.where(count % 2 == 0, 0.5, 0.0)
-    width = count // 2
-    codes = ((z + (offset / half).atanh()).tanh() * half - offset).round() / width
-    basis = torch.cumprod(torch.tensor([1, *LEVELS[:-1]]), 0)
-    return codes, ((codes * width + width) * basis).sum(-1).to(torch.int64)
-
-
-def eager_lfq(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Lookup-free quantization as vector-quantize-pytorch writes it."""
-    codes = torch.where(x > 0, 1.0, -1.0)
-    return codes, ((x > 0).int() * 2 ** torch.arange(x.shape[-1] - 1, -1, -1)).sum(-1)
-
-
-def contests() -> dict[str, dict[str, Callable[[], object]]]:
-    """By name, what is timed: ours under `tokenzoo`, and the others."""
-    torch.manual_seed(0)
-    found: dict[str, dict[str, Callable[[], object]]] = {}
-    for name, count, width, stages, size in (
-        ("EnCodec, 8 stages", 6000, 128, 8, 1024),
-        ("Mimi, 8 stages", 1500, 256, 8, 2048),
-        ("9 stages, D = 8", 4096, 8, 9, 1024),
-    ):
-        x, codebooks = torch.randn(count, width), torch.randn(stages, size, width)
-        found[name] = {
-            "tokenzoo": lambda x=x, c=codebooks: residual_quantize(x, c),  # type: ignore[misc]
-            "transformers loop": lambda x=x, c=codebooks: residual_loop(x, c),  # type: ignore[misc]
-        }
-    x, codebooks = torch.randn(2048, 1024), torch.randn(9, 1024, 8)
-    maps = Projections(torch.randn(9, 8, 1024) / 32, torch.randn(9, 8), torch.randn(9, 1024, 8) / 3, torch.randn(9, 1024))
-    found["DAC, 9 stages"] = {
-        "tokenzoo": lambda: projected_residual_quantize(x, codebooks, maps),
-        "conv1d loop": lambda: projected_loop(x, codebooks, maps),
+        as_encodec.layers[q].codebook.embed.copy_(codebook)
+        as_mimi.layers[q].codebook.embed_sum.copy_(codebook)
+    return {
+        "tokenzoo": lambda: residual_quantize(x, codebooks, cache=cache),
+        "transformers EnCodec": lambda: as_encodec.encode(columns),
+        "transformers Mimi": lambda: as_mimi.encode(columns),
     }
-    z, bits = torch.randn(65536, 6), torch.randn(65536, 18)
-    fsq, lfq = torch.compile(eager_fsq), torch.compile(eager_lfq)
-    found["FSQ 64000, N = 65536"] = {
-        "tokenzoo": lambda: fsq_quantize(z, LEVELS), "eager": lambda: eager_fsq(z), "torch.compile": lambda: fsq(z),
-    }  # fmt: skip
-    found["LFQ 18 bits, N = 65536"] = {
-        "tokenzoo": lambda: lfq_quantize(bits), "eager": lambda: eager_lfq(bits), "torch.compile": lambda: lfq(bits),
-    }  # fmt: skip
-    return {**found, **overheads()}
 
 
-def overheads() -> dict[str, dict[str, Callable[[], object]]]:
-    """What entries and loss, and EMA statistics, add to the ids alone."""
-    found: dict[str, dict[str, Callable[[], object]]] = {}
-    for count, size, width in ((4096, 4096, 12), (8192, 1024, 8), (4096, 8192, 64), (8192, 1024, 128)):
-        x, codebook, cache = torch.randn(count, width), torch.randn(size, width), PackCache()
-        ids = nearest(x, codebook)
+def grouped(count: int, width: int, groups: int, size: int) -> Contest:
+    """A codebook per group, beside `torch.cdist` for all groups at once and vector-quantize-pytorch's heads."""
+    x, codebooks = torch.randn(count, groups * width), torch.randn(groups, size, width)
+    caches = [PackCache() for _ in codebooks]
 
-        def both(x: Tensor = x, codebook: Tensor = codebook, cache: PackCache = cache, ids: Tensor = ids) -> object:
-            return quantize(x, codebook, cache=cache), code_sums(x, ids, len(codebook))
+    def distances() -> Tensor:
+        parts = x.reshape(count, groups, width).transpose(0, 1).contiguous()
+        return torch.cdist(parts, codebooks).argmin(-1)
 
-        found[f"ids alone, {count} x {size} x {width}"] = {
-            "tokenzoo": lambda x=x, c=codebook, k=cache: nearest(x, c, cache=k),  # type: ignore[misc]
-            "and entries, loss": lambda x=x, c=codebook, k=cache: quantize(x, c, cache=k),  # type: ignore[misc]
-            "and EMA": both,
-        }
-    return found
+    contest = {"tokenzoo": lambda: grouped_quantize(x, codebooks, caches=caches), "cdist + argmin": distances}
+    heads = {"heads": groups, "separate_codebook_per_head": True, "codebook_dim": width}
+    return contest | _module("VectorQuantize", x, dim=groups * width, codebook_size=size, **heads)
+
+
+def gather(count: int, width: int, size: int) -> Contest:
+    """Entries of ids, and their gradient, beside PyTorch's embedding."""
+    ids, upstream = torch.randint(size, (count,)), torch.randn(count, width)
+
+    def both(entries: Callable[[Tensor, Tensor], Tensor]) -> Contender:
+        codebook = torch.randn(size, width, requires_grad=True)
+
+        def run() -> object:
+            with torch.enable_grad():
+                return torch.autograd.grad(entries(ids, codebook), codebook, upstream)
+
+        return run
+
+    return {"tokenzoo": both(lookup), "F.embedding": both(F.embedding)}
+
+
+def projected(count: int, wide: int, narrow: int, stages: int, size: int) -> Contest:
+    """DAC's stages, each between two projections."""
+    from transformers import DacConfig
+    from transformers.models.dac.modeling_dac import DacResidualVectorQuantizer
+
+    x = torch.randn(count, wide)
+    columns = x.T[None].contiguous()
+    config = DacConfig(n_codebooks=stages, codebook_size=size, codebook_dim=narrow)
+    config.hidden_size = wide
+    as_dac = DacResidualVectorQuantizer(config).eval()
+    layers = as_dac.quantizers
+    maps = Projections(
+        torch.stack([layer.in_proj.weight[..., 0] for layer in layers]),
+        torch.stack([layer.in_proj.bias for layer in layers]),
+        torch.stack([layer.out_proj.weight[..., 0] for layer in layers]),
+        torch.stack([layer.out_proj.bias for layer in layers]),
+    )
+    codebooks = torch.stack([layer.codebook.weight for layer in layers])
+    return {
+        "tokenzoo": lambda: projected_residual_quantize(x, codebooks, maps),
+        "transformers DAC": lambda: as_dac(columns),
+    }
+
+
+def finite_scalar(count: int) -> Contest:
+    """FSQ beside its paper's formula, the constants made beforehand, and beside vector-quantize-pytorch."""
+    z = torch.randn(count, len(LEVELS))
+    levels = torch.tensor(LEVELS, dtype=torch.float32)
+    half, offset, width = (levels - 1) * 1.001 / 2, torch.where(levels % 2 == 0, 0.5, 0.0), levels // 2
+    shift, basis = (offset / half).atanh(), torch.tensor([1, *LEVELS[:-1]]).cumprod(0)
+
+    def eager(z: Tensor) -> tuple[Tensor, Tensor]:
+        level = ((z + shift).tanh() * half - offset).round()
+        return level / width, ((level + width) * basis).sum(-1).to(torch.int64)
+
+    contest = {"tokenzoo": lambda: fsq_quantize(z, LEVELS), "eager": lambda: eager(z), **_compiled(eager, z)}
+    return contest | _module("FSQ", z, levels=list(LEVELS))
+
+
+def lookup_free(count: int, bits: int) -> Contest:
+    """LFQ beside its formula, the constants made beforehand."""
+    x, weights = torch.randn(count, bits), 2 ** torch.arange(bits - 1, -1, -1)
+
+    def eager(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(x > 0, 1.0, -1.0), ((x > 0).int() * weights).sum(-1)
+
+    contest = {"tokenzoo": lambda: lfq_quantize(x), "eager": lambda: eager(x), **_compiled(eager, x)}
+    return contest | _module("LFQ", x, dim=bits, codebook_size=2**bits)
+
+
+def _compiled(eager: Callable[[Tensor], object], x: Tensor) -> Contest:
+    compiled = torch.compile(eager, dynamic=False)
+    return {"torch.compile": lambda: compiled(x)}
+
+
+def _module(name: str, x: Tensor, **options: object) -> Contest:
+    try:
+        import vector_quantize_pytorch
+    except ImportError:
+        return {}
+    module = getattr(vector_quantize_pytorch, name)(**options).eval()
+    return {"vector-quantize-pytorch": lambda: module(x[None])}
+
+
+CONTESTS: dict[str, Callable[[], Contest]] = {
+    "EnCodec, 8 stages": lambda: residual(6000, 128, 8, 1024),
+    "Mimi, 8 stages": lambda: residual(1500, 256, 8, 2048),
+    "9 stages, D = 8": lambda: residual(4096, 8, 9, 1024),
+    "grouped, 8 x 16": lambda: grouped(4096, 16, 8, 1024),
+    "lookup, with backward": lambda: gather(65536, 64, 8192),
+    "DAC, 9 stages": lambda: projected(2048, 1024, 8, 9, 1024),
+    "FSQ, 64,000 codes": lambda: finite_scalar(65536),
+    "LFQ, 18 bits": lambda: lookup_free(65536, 18),
+}
+
+
+def bench(name: str, budget: float) -> dict[str, Any]:
+    """One row: our time, and how many times longer the others take."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        seconds, _ = measure(CONTESTS[name](), budget)
+    ours = seconds.pop("tokenzoo")
+    return {
+        "what": name,
+        "sources": sources(),
+        "rounds": len(ours),
+        "ms": rounded(1000 * statistics.median(ours)),
+        "ratio": {peer: rounded(ratio(theirs, ours)) for peer, theirs in seconds.items()},
+    }
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+", metavar="WORD", default=[""], help="operations whose name holds one of these")
+    parser.add_argument("--seconds", type=float, default=10, help="time for the rounds of an operation (5 to 31 rounds)")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
+    parser.add_argument("--merge", type=Path, help="put the rows into this report, and keep its others")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for name, contenders in contests().items():
-        seconds = measure(contenders, options.rounds)
-        ours = seconds.pop("tokenzoo")
-        row: dict[str, Any] = {"what": name, "ms": round(1000 * statistics.median(ours), 3)}
-        for peer, theirs in seconds.items():
-            row[peer] = round(statistics.median(t / o for t, o in zip(theirs, ours, strict=True)), 3)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+    require_green_tests()
     if options.out:
-        options.out.write_text(json.dumps(rows, indent=2) + "\n")
+        options.out.unlink(missing_ok=True)
+    target, rows = options.merge or options.out, []
+    for name in CONTESTS:
+        if any(word in name for word in options.only):
+            rows.append(bench(name, options.seconds))
+            print(json.dumps(rows[-1]), flush=True)
+            if target:
+                merge(target, rows[-1:], "what", list(CONTESTS))
+    print(relatives_table({"rows": rows}))
 
 
 if __name__ == "__main__":

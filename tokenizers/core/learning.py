@@ -8,6 +8,8 @@ from torch import Tensor, distributed, nn
 
 from tokenzoo.kernels import code_sums, kmeans
 
+_MIX = 2654435761  # spreads seeds apart; the generator looks at 32 bits only
+
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
@@ -99,7 +101,7 @@ class CodebookLearner(nn.Module):
             return
         vectors = codebook[codes]
         if len(rows):
-            generator = torch.Generator().manual_seed(self.learning.seed << 32 | int(self.steps))
+            generator = torch.Generator().manual_seed((self.learning.seed * _MIX + int(self.steps)) % 2**32)
             order = torch.randperm(len(rows), generator=generator).to(rows.device)
             vectors = rows[order[torch.arange(len(codes), device=rows.device) % len(rows)]].to(codebook.dtype)
         codebook[codes] = vectors = _from_first(vectors)

@@ -19,6 +19,7 @@ from tokenzoo.kernels import (
     fsq_quantize,
     lfq_codes,
     lfq_quantize,
+    lookup,
     nearest,
     projected_residual_quantize,
     residual_quantize,
@@ -102,7 +103,7 @@ class VectorQuantizer(Quantizer):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Entries float32 `(..., D)` of ids `(...)`; differentiable with respect to the codebook."""
-        entries = F.embedding(ids, self.codebook.float())
+        entries = lookup(ids, self.codebook)
         return F.normalize(entries, dim=-1) if self.unit else entries
 
     def forward(self, x: Tensor) -> Quantized:
@@ -267,10 +268,12 @@ class ResidualQuantizer(Quantizer):
         self.out_proj = nn.Linear(dim, input_dim, bias=False) if projected else nn.Identity()
         _check_choices(metric, gradient)
         self._stacks = _Stacks()
+        self._cache = PackCache()
 
     def train(self, mode: bool = True) -> Self:
-        """As `nn.Module.train`; the stacked codebooks are kept in eval mode only."""
+        """As `nn.Module.train`; the packed codebooks are kept in eval mode only."""
         self._stacks.clear()
+        self._cache.clear()
         return super().train(mode)
 
     @torch.no_grad()
@@ -281,7 +284,8 @@ class ResidualQuantizer(Quantizer):
             residual = self.in_proj(x.float())
             if self.metric == "l2":
                 (codebooks,) = self._stacks.get(not self.training, [[stage.codebook for stage in self.stages]])
-                return residual_quantize(residual, codebooks[: len(stages)]).ids
+                cache = None if self.training else self._cache
+                return residual_quantize(residual, codebooks[: len(stages)], cache=cache).ids
             ids = []
             for stage in stages:
                 ids.append(stage.ids(residual))

@@ -40,7 +40,9 @@ def test_every_contender_finds_the_same_entries(module):
 
 
 def leaves(answer):
-    return [leaf for part in answer for leaf in leaves(part)] if isinstance(answer, tuple) else [answer]
+    if isinstance(answer, tuple):
+        return [leaf for part in answer for leaf in leaves(part)]
+    return [] if answer is None else [answer]
 
 
 def test_rounds_are_paired_and_take_turns(module):

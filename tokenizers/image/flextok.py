@@ -575,7 +575,7 @@ def _initialize(tokenizer: FlexTok) -> None:
     """Xavier-uniform matrices, and zeros wherever the decoder is modulated or read out.
 
     The published start has zeros in the encoder's last layer too. Then all codes are the middle one, and it takes long until
-    the first vector leaves its cell.
+    the first vector leaves its cell; here the vectors start spread over the quantizer's range, and short of its ends.
     """
     zeros = {tokenizer.decoder.out, tokenizer.decoder.modulation}
     for part in (tokenizer.encoder, tokenizer.decoder):
@@ -583,7 +583,8 @@ def _initialize(tokenizer: FlexTok) -> None:
             if isinstance(module, Block) and module.modulation is not None:
                 zeros.add(module.modulation)
             if isinstance(module, nn.Linear):
-                bound = 0.0 if module in zeros else math.sqrt(6 / sum(module.weight.shape))
+                gain = 0.0 if module in zeros else 0.3 if module is tokenizer.encoder.out else 1.0
+                bound = gain * math.sqrt(6 / sum(module.weight.shape))
                 nn.init.uniform_(module.weight, -bound, bound)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -334,14 +334,6 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Tensor& packe
   return {ids, out, loss};
 }
 
-// As quantize, and the sums of the rows of each code.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_statistics(const Tensor& x, const Tensor& packed,
-                                                                       const Tensor& codebook) {
-  const auto [ids, vectors, loss] = quantize(x, packed, codebook);
-  const auto [counts, sums] = code_sums(x, ids, codebook.size(0));
-  return {ids, vectors, loss, counts, sums};
-}
-
 // Every stage quantizes what the stages before it left over; a block of rows stays in the cache for all of them.
 std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<Tensor>& packed, const Tensor& codebooks) {
   const int64_t count = x.size(0), width = x.size(1), stages = codebooks.size(0), size = codebooks.size(1);
@@ -428,7 +420,6 @@ STABLE_TORCH_LIBRARY(tokenzoo_native, m) {
   m.def("pack(Tensor codebook, bool dot) -> Tensor");
   m.def("nearest(Tensor x, Tensor packed, int size) -> Tensor");
   m.def("quantize(Tensor x, Tensor packed, Tensor codebook) -> (Tensor, Tensor, Tensor)");
-  m.def("quantize_statistics(Tensor x, Tensor packed, Tensor codebook) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("code_sums(Tensor x, Tensor ids, int size) -> (Tensor, Tensor)");
   m.def("residual_quantize(Tensor x, Tensor[] packed, Tensor codebooks) -> (Tensor, Tensor)");
   m.def("fsq(Tensor x, Tensor thresholds, Tensor scale, Tensor shift, Tensor basis) -> (Tensor, Tensor)");
@@ -440,7 +431,6 @@ STABLE_TORCH_LIBRARY_IMPL(tokenzoo_native, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("nearest", TORCH_BOX(&nearest));
   m.impl("quantize", TORCH_BOX(&quantize));
-  m.impl("quantize_statistics", TORCH_BOX(&quantize_statistics));
   m.impl("code_sums", TORCH_BOX(&code_sums));
   m.impl("residual_quantize", TORCH_BOX(&residual_quantize));
   m.impl("fsq", TORCH_BOX(&fsq));

@@ -4,8 +4,11 @@ Distances are compared as |c|^2 - 2 x.c after the mean of the codebook is taken 
 of rows at a time into the same memory, and lets NumPy find the largest: its argmax is vectorised, torch's is not.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _CHUNK_SCORES = 1 << 20
 
@@ -25,22 +28,26 @@ def centred(codebook: Tensor, *, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
     return mean, torch.where(usable[:, None], entries, 0), bias
 
 
-def nearest(x: Tensor, codebook: Tensor, *, dot: bool) -> Tensor:
+def pack(entries: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
+    """The mean `(D,)` and a table `(D + 1, K)`: the bias rides along as one more dim, so one product gives the scores."""
+    mean, codes, bias = centred(entries, dot=dot)
+    return mean, torch.cat([codes, bias[:, None]], 1).T.contiguous()
+
+
+def nearest(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> Tensor:
     """int64 `(N,)`: the entry with the smallest distance (`dot`: the largest product) for each row of `(N, D)`.
 
     Ties go to the lowest index, as do rows that are not finite; entries that are not finite are never chosen.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        mean, entries, bias = centred(codebook, dot=dot)
-        # The bias rides along as one more dim, against ones: one product gives the scores.
-        table = torch.cat([entries, bias[:, None]], 1).T.contiguous()
+    mean, table = packed
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         rows = torch.cat([x - mean, x.new_ones(len(x), 1)], 1)
-        chunk = min(max(16, _CHUNK_SCORES // len(codebook)), max(1, len(x)))
-        scores = x.new_empty(chunk, len(codebook))
+        chunk = min(max(16, _CHUNK_SCORES // size), max(1, len(x)))
+        scores = x.new_empty(chunk, size)
         ids = torch.zeros(len(x), dtype=torch.long, device=x.device)
         for part, into in zip(rows.split(chunk), ids.split(chunk), strict=True):
             _first_largest(torch.mm(part, table, out=scores[: len(part)]), into)
-    return torch.where(x.isfinite().all(1), ids, 0)
+        return torch.where(x.isfinite().all(1), ids, 0)
 
 
 def _first_largest(scores: Tensor, into: Tensor) -> None:
@@ -48,6 +55,13 @@ def _first_largest(scores: Tensor, into: Tensor) -> None:
         scores.numpy().argmax(1, out=into.numpy())
     else:
         torch.argmax(scores, 1, out=into)
+
+
+def quantize(x: Tensor, packed: tuple[Tensor, Tensor], entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids `(N,)`, their entries `(N, D)`, and the mean squared distance between the two."""
+    ids = nearest(x, packed, len(entries))
+    vectors = entries[ids]
+    return ids, vectors, F.mse_loss(vectors, x) if x.numel() else x.new_zeros(())
 
 
 def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -58,11 +72,29 @@ def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return counts.to(x.dtype), sums
 
 
-def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+def residual_quantize(x: Tensor, packed: Sequence[tuple[Tensor, Tensor]], entries: Tensor) -> tuple[Tensor, Tensor]:
     """Ids `(N, Q)` and summed entries `(N, D)` of Q stages, each of which quantizes what those before it left over."""
     residual, total, ids = x, torch.zeros_like(x), []
-    for codebook in codebooks:
-        chosen = nearest(residual, codebook, dot=False)
+    for stage, codebook in zip(packed, entries, strict=True):
+        chosen = nearest(residual, stage, len(codebook))
         ids.append(chosen)
         residual, total = residual - codebook[chosen], total + codebook[chosen]
     return torch.stack(ids, 1) if ids else torch.zeros(len(x), 0, dtype=torch.long, device=x.device), total
+
+
+def fsq(x: Tensor, thresholds: Tensor, scale: Tensor, shift: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes `(N, D)` and ids `(N,)`: a value's level is how many of its dimension's thresholds `(S, D)` it reaches.
+
+    A code is `level * scale + shift`, an id the sum of `level * basis`.
+    """
+    level = torch.zeros_like(x, dtype=torch.int32)
+    for threshold in thresholds:
+        level += x >= threshold
+    return level * scale + shift, (level * basis).sum(-1)
+
+
+def lfq(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Codes `(N, D)`, `scale` where positive and `-scale` elsewhere, and as ids their signs, the first the highest bit."""
+    positive = x > 0
+    weights = 1 << torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
+    return torch.where(positive, scale, -scale).float(), (positive * weights).sum(-1)

@@ -6,6 +6,7 @@ order, without atomics, so it does not depend on how the blocks of a launch are 
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from tokenzoo.kernels import _reference
+from tokenzoo.kernels._triton_scalar import fsq, lfq
+
+__all__ = ["code_sums", "fsq", "lfq", "nearest", "pack", "quantize", "residual_quantize"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FEW_ROWS, _MANY_ROWS = 256, 16384
@@ -250,26 +254,29 @@ def segment_sums(x: Tensor, order: Tensor, ends: Tensor) -> Tensor:
     return sums
 
 
-def nearest(x: Tensor, codebook: Tensor, *, dot: bool) -> Tensor:
-    """As `_reference.nearest`, for contiguous float32 tensors."""
-    mean, codes, bias = _reference.centred(codebook, dot=dot)
-    return search(x, mean, codes.contiguous(), bias)
+def pack(entries: Tensor, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean `(D,)`, the entries less it `(K, D)`, and their bias `(K,)`."""
+    mean, codes, bias = _reference.centred(entries, dot=dot)
+    return mean, codes.contiguous(), bias
 
 
-def quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids `(N,)`, entries `(N, D)` and the mean squared distance to them, for contiguous float32 tensors."""
-    mean, codes, bias = _reference.centred(codebook, dot=False)
-    ids, vectors, errors = search_and_gather(x, mean, codes.contiguous(), bias, codebook)
+def nearest(x: Tensor, packed: tuple[Tensor, Tensor, Tensor], size: int) -> Tensor:  # noqa: ARG001 (as the others)
+    """As `_reference.nearest`."""
+    return search(x, *packed)
+
+
+def quantize(x: Tensor, packed: tuple[Tensor, Tensor, Tensor], entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_reference.quantize`, in one launch."""
+    ids, vectors, errors = search_and_gather(x, *packed, entries)
     return ids, vectors, (errors.double().sum() / max(1, x.numel())).float()
 
 
-def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_reference.residual_quantize`, in one launch, for contiguous float32 tensors."""
-    stages = [_reference.centred(codebook, dot=False) for codebook in codebooks]
-    if not stages:
+def residual_quantize(x: Tensor, packed: Sequence[tuple[Tensor, Tensor, Tensor]], entries: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_reference.residual_quantize`, in one launch."""
+    if not packed:
         return torch.empty(len(x), 0, dtype=torch.long, device=x.device), torch.zeros_like(x)
-    means, codes, biases = (torch.stack(parts) for parts in zip(*stages, strict=True))
-    return search_stages(x, means, codes, biases, codebooks)
+    means, codes, biases = (torch.stack(parts) for parts in zip(*packed, strict=True))
+    return search_stages(x, means, codes, biases, entries)
 
 
 def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -278,8 +285,3 @@ def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     counts = torch.bincount(ids, minlength=size)
     ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     return counts.to(x.dtype), segment_sums(x, order, ends)
-
-
-def best_score(rows: Tensor, entries: Tensor, bias: Tensor) -> Tensor:
-    """int64 `(N,)`: the first k with the largest `rows @ entries[k] + bias[k]`; float32 and contiguous."""
-    return search(rows, rows.new_zeros(rows.shape[1]), entries.contiguous(), bias)

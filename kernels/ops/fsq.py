@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenzoo.kernels import _native
-from tokenzoo.kernels.nearest import _has_triton, as_rows, needs_op
+from tokenzoo.kernels._backend import backend_for
+from tokenzoo.kernels.nearest import as_rows, needs_op
 
 _SLACK = 1e-3
 
@@ -115,20 +115,8 @@ def _from_ordered(order: Tensor) -> Tensor:
 
 
 def _quantize(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
-    rows, steps = as_rows(z), _steps(tuple(levels), z.device)
-    if rows.is_cuda and _has_triton():
-        from tokenzoo.kernels import _triton_scalar
-
-        codes, ids = _triton_scalar.fsq(rows, *steps)
-        return codes.reshape(z.shape), ids.reshape(z.shape[:-1])
-    native = _native.library() if rows.device.type == "cpu" else None
-    if native is None:
-        level = torch.zeros_like(rows, dtype=torch.int32)
-        for threshold in steps.thresholds:
-            level += rows >= threshold
-        codes, ids = level * steps.scale + steps.shift, (level * steps.basis).sum(-1)
-    else:
-        codes, ids = native.fsq(rows, *steps)
+    rows = as_rows(z)
+    codes, ids = backend_for(rows).fsq(rows, *_steps(tuple(levels), z.device))
     return codes.reshape(z.shape), ids.reshape(z.shape[:-1])
 
 

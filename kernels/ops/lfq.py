@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenzoo.kernels import _native
+from tokenzoo.kernels._backend import backend_for
 from tokenzoo.kernels.fsq import ScalarQuantized
-from tokenzoo.kernels.nearest import _has_triton, as_rows, needs_op
+from tokenzoo.kernels.nearest import as_rows, needs_op
 
 MAX_BITS = 62
 
@@ -48,18 +48,7 @@ def _check(dim: int) -> None:
 
 def _quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rows = as_rows(x)
-    if rows.is_cuda and _has_triton():
-        from tokenzoo.kernels import _triton_scalar
-
-        codes, ids = _triton_scalar.lfq(rows, scale)
-        return codes.reshape(x.shape), ids.reshape(x.shape[:-1])
-    native = _native.library() if rows.device.type == "cpu" else None
-    if native is None:
-        positive = rows > 0
-        weights = 1 << torch.arange(rows.shape[1] - 1, -1, -1, device=rows.device)
-        codes, ids = torch.where(positive, scale, -scale).float(), (positive * weights).sum(-1)
-    else:
-        codes, ids = native.lfq(rows, scale)
+    codes, ids = backend_for(rows).lfq(rows, scale)
     return codes.reshape(x.shape), ids.reshape(x.shape[:-1])
 
 

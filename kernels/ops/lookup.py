@@ -8,7 +8,7 @@ from torch import Tensor
 from tokenzoo.kernels.nearest import needs_op
 from tokenzoo.kernels.quantize import code_sums
 
-_MANY_CODES = 32
+_MANY_CODES = 8
 
 
 def lookup(ids: Tensor, codebook: Tensor) -> Tensor:

@@ -1,18 +1,16 @@
 """Index of the nearest codebook entry, without an [N, K] matrix of distances."""
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenzoo.kernels import _native, _reference
+from tokenzoo.kernels._backend import backend_for
 
 
 class PackCache:
-    """Keeps a codebook in the form that the native kernels search, from one call to the next.
+    """Keeps a codebook in the form that is searched, from one call to the next.
 
     The codebook is packed again when its storage or its version counter changes. Writing through `codebook.data` moves
     neither, so hold a cache only while the codebook is left alone, as the quantizer modules do in eval mode.
@@ -26,25 +24,25 @@ class PackCache:
         """Forgets the packed codebook."""
         self._key = self._held = None
 
-    def get(self, codebook: Tensor, metric: str, native: Any) -> tuple[Tensor, Any]:
+    def get(self, codebook: Tensor, metric: str, backend: Any) -> tuple[Tensor, Any]:
         """The entries that are compared, and their packed form; a list of forms for codebooks `(Q, K, D)`."""
         if codebook.is_inference():
-            return pack(codebook, metric, native)
-        key = (codebook.data_ptr(), codebook._version, codebook.shape, codebook.dtype, metric)
+            return pack(codebook, metric, backend)
+        key = (codebook.data_ptr(), codebook._version, codebook.shape, codebook.dtype, metric, id(backend))
         if self._held is None or key != self._key:
             # The codebook is kept alive, so that its address cannot become another one's.
-            self._key, self._held = key, (codebook.detach(), *pack(codebook, metric, native))
+            self._key, self._held = key, (codebook.detach(), *pack(codebook, metric, backend))
         return self._held[1:]
 
 
-def pack(codebook: Tensor, metric: str, native: Any, cache: PackCache | None = None) -> tuple[Tensor, Any]:
+def pack(codebook: Tensor, metric: str, backend: Any, cache: PackCache | None = None) -> tuple[Tensor, Any]:
     """As `PackCache.get`, with or without a cache."""
     if cache is not None:
-        return cache.get(codebook, metric, native)
+        return cache.get(codebook, metric, backend)
     entries = as_entries(codebook, metric)
     if entries.dim() == 3:
-        return entries, [native.pack(stage, metric == "cosine") for stage in entries]
-    return entries, native.pack(entries, metric == "cosine")
+        return entries, [backend.pack(stage, metric == "cosine") for stage in entries]
+    return entries, backend.pack(entries, metric == "cosine")
 
 
 def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCache | None = None) -> Tensor:
@@ -100,33 +98,10 @@ def as_entries(codebook: Tensor, metric: str) -> Tensor:
     return (F.normalize(entries, dim=-1) if metric == "cosine" else entries).contiguous()
 
 
-def native_for(rows: Tensor) -> Any | None:
-    """The native operators, where they can answer for these rows."""
-    return _native.library() if rows.is_cpu else None
-
-
 def search(rows: Tensor, codebook: Tensor, metric: str, cache: PackCache | None = None) -> Tensor:
     """int64 `(N,)`: nearest entries for rows as `as_rows` gives them, by whichever implementation this machine has."""
-    if native := native_for(rows):
-        return native.nearest.default(rows, pack(codebook, metric, native, cache)[1], len(codebook))
-    entries, dot = as_entries(codebook, metric), metric == "cosine"
-    if rows.is_cuda and _has_triton():
-        return _search_triton(rows, entries, dot)
-    return _reference.nearest(rows, entries, dot=dot)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _search_triton(rows: Tensor, entries: Tensor, dot: bool) -> Tensor:
-    from tokenzoo.kernels._triton import best_score
-
-    mean, centred, bias = _reference.centred(entries, dot=dot)
-    finite = rows.isfinite().all(1)
-    shifted = torch.where(finite[:, None], rows - mean, 0)
-    return torch.where(finite, best_score(shifted, centred, bias), 0)
+    backend = backend_for(rows)
+    return backend.nearest(rows, pack(codebook, metric, backend, cache)[1], len(codebook))
 
 
 @torch.library.custom_op("tokenzoo::nearest", mutates_args=())

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenzoo.kernels import _reference
-from tokenzoo.kernels.nearest import PackCache, as_entries, as_rows, check, native_for, needs_op, pack, search
+from tokenzoo.kernels._backend import backend_for
+from tokenzoo.kernels.nearest import PackCache, as_rows, check, needs_op, pack
 
 
 class Quantized(NamedTuple):
@@ -81,22 +81,17 @@ def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     low, high = (int(bound) for bound in flat.aminmax()) if len(flat) else (0, 0)
     if len(flat) != len(rows) or low < 0 or (len(flat) and high >= size):
         raise ValueError(f"expected an id in [0, {size}) for each of {len(rows)} vectors, got {ids.shape = }, {low} to {high}")
-    native = native_for(rows)
-    counts, sums = native.code_sums.default(rows, flat, size) if native else _reference.code_sums(rows, flat, size)
+    counts, sums = backend_for(rows).code_sums(rows, flat, size)
     return counts, sums
 
 
 def _quantize_rows(
     rows: Tensor, codebook: Tensor, metric: str, cache: PackCache | None, statistics: bool
 ) -> tuple[Tensor, ...]:
-    if native := native_for(rows):
-        entries, packed = pack(codebook, metric, native, cache)
-        return (native.quantize_statistics if statistics else native.quantize).default(rows, packed, entries)
-    entries = as_entries(codebook, metric)
-    ids = search(rows, codebook, metric)
-    vectors = entries[ids]
-    loss = F.mse_loss(vectors, rows) if rows.numel() else rows.new_zeros(())
-    return ids, vectors, loss, *(code_sums(rows, ids, len(entries)) if statistics else ())
+    backend = backend_for(rows)
+    entries, packed = pack(codebook, metric, backend, cache)
+    ids, vectors, loss = backend.quantize(rows, packed, entries)
+    return ids, vectors, loss, *(backend.code_sums(rows, ids, len(entries)) if statistics else ())
 
 
 @torch.library.custom_op("tokenzoo::quantize", mutates_args=())

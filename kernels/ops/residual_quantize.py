@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenzoo.kernels import _reference
-from tokenzoo.kernels.nearest import PackCache, as_entries, as_rows, native_for, nearest, pack
+from tokenzoo.kernels._backend import backend_for
+from tokenzoo.kernels.nearest import PackCache, as_rows, nearest, pack
 
 
 class ResidualQuantized(NamedTuple):
@@ -108,11 +108,9 @@ def _check(x: Tensor, codebooks: Tensor, width: int) -> None:
 
 def _residual(x: Tensor, codebooks: Tensor, cache: PackCache | None) -> tuple[Tensor, Tensor]:
     rows = as_rows(x)
-    if (native := native_for(rows)) and len(codebooks):
-        entries, packed = pack(codebooks, "l2", native, cache)
-        ids, vectors = native.residual_quantize.default(rows, packed, entries)
-    else:
-        ids, vectors = _reference.residual_quantize(rows, as_entries(codebooks, "l2"))
+    backend = backend_for(rows)
+    entries, packed = pack(codebooks, "l2", backend, cache)
+    ids, vectors = backend.residual_quantize(rows, packed, entries)
     return ids.reshape(*x.shape[:-1], len(codebooks)), vectors.reshape(x.shape)
 
 

@@ -9,23 +9,30 @@ import pytest
 
 SEARCH = """
 from tokenzoo.kernels import _triton
+
+def nearest(backend, x, codebook, dot=False):
+    return backend.nearest(x, backend.pack(codebook, dot), len(codebook))
+
+def quantize(backend, x, codebook):
+    return backend.quantize(x, backend.pack(codebook, False), codebook)
+
 for rows, size, dim in [(1, 1, 1), (5, 7, 3), (35, 70, 13), (0, 9, 4), (18, 33, 32), (20, 40, 37), (3, 600, 8), (300, 3, 5)]:
     x, codebook = torch.randn(rows, dim), torch.randn(size, dim)
     for dot in (False, True):
-        assert torch.equal(_triton.nearest(x, codebook, dot=dot), _reference.nearest(x, codebook, dot=dot)), (rows, size, dim)
-    expected = _reference.nearest(x, codebook, dot=False)
-    ids, vectors, loss = _triton.quantize(x, codebook)
+        assert torch.equal(nearest(_triton, x, codebook, dot), nearest(_reference, x, codebook, dot)), (rows, size, dim)
+    expected = nearest(_reference, x, codebook)
+    ids, vectors, loss = quantize(_triton, x, codebook)
     assert torch.equal(ids, expected) and torch.equal(vectors, codebook[expected])
     assert not rows and loss == 0 or torch.allclose(loss, torch.nn.functional.mse_loss(vectors, x))
 for repeats in (2, 9):  # the same entry in one block of codes, in several, and in several splits
     codebook = torch.randn(40, 8).repeat(repeats, 1)
-    assert torch.equal(_triton.nearest(codebook[50:80], codebook, dot=False), torch.arange(50, 80) % 40)
-    assert torch.equal(_triton.quantize(codebook[50:80], codebook)[0], torch.arange(50, 80) % 40)
+    assert torch.equal(nearest(_triton, codebook[50:80], codebook), torch.arange(50, 80) % 40)
+    assert torch.equal(quantize(_triton, codebook[50:80], codebook)[0], torch.arange(50, 80) % 40)
 x, codebook = torch.randn(20, 20) + 1000, torch.randn(40, 20) + 1000
-assert torch.equal(_triton.nearest(x, codebook, dot=False), torch.cdist(x.double(), codebook.double()).argmin(1))
+assert torch.equal(nearest(_triton, x, codebook), torch.cdist(x.double(), codebook.double()).argmin(1))
 x[3, 1], x[4, 18], codebook[2, 2] = float("nan"), float("-inf"), float("nan")
-for found in (_triton.nearest(x, codebook, dot=False), _triton.quantize(x, codebook)[0]):
-    assert torch.equal(found, _reference.nearest(x, codebook, dot=False))
+for found in (nearest(_triton, x, codebook), quantize(_triton, x, codebook)[0]):
+    assert torch.equal(found, nearest(_reference, x, codebook))
     assert found[3] == found[4] == 0 and not (found == 2).any()
 x, mean = torch.randn(20, 8), torch.zeros(8)
 codes, bias = torch.randn(300, 8), torch.randn(300)
@@ -39,7 +46,11 @@ for rows, stages, size, dim in [(0, 2, 5, 8), (1, 3, 5, 8), (40, 4, 70, 16), (18
     x, codebooks = torch.randn(rows, dim), torch.randn(stages, size, dim)
     if rows > 2:
         x[1, 0] = float("nan")
-    for ours, expected in zip(_triton.residual_quantize(x, codebooks), _reference.residual_quantize(x, codebooks), strict=True):
+    ours, expected = (
+        backend.residual_quantize(x, [backend.pack(codebook, False) for codebook in codebooks], codebooks)
+        for backend in (_triton, _reference)
+    )
+    for ours, expected in zip(ours, expected, strict=True):
         assert torch.allclose(ours, expected, atol=1e-5), (rows, stages, size, dim)
 x, mean, codes, bias = torch.randn(20, 8), torch.zeros(2, 8), torch.randn(2, 30, 8), torch.randn(2, 30)
 torch.library.opcheck(

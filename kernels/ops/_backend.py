@@ -1,0 +1,29 @@
+"""Which implementation answers: compiled C++ on the CPU, Triton on CUDA, and plain PyTorch wherever those cannot be had.
+
+The three have the same functions (`_reference` says what they compute): `pack` turns entries into the form that the others
+search, which `PackCache` may keep; then `nearest`, `quantize`, `residual_quantize`, `code_sums`, `fsq` and `lfq`.
+"""
+
+import functools
+import importlib.util
+from typing import Any
+
+from torch import Tensor
+
+from tokenzoo.kernels import _native, _reference
+
+
+def backend_for(rows: Tensor) -> Any:
+    """The module, or namespace of operators, that answers for tensors on this device."""
+    if rows.is_cpu:
+        return _native.library() or _reference
+    if rows.is_cuda and _has_triton():
+        from tokenzoo.kernels import _triton
+
+        return _triton
+    return _reference
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

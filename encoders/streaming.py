@@ -126,6 +126,8 @@ class Conv1d(nn.Conv1d, Streamed):
 
     def _piece(self, x: Tensor, state: State, last: bool) -> Tensor:
         past = state.pop(self, None) or _Past(x[..., :0], 0, 0, False)
+        if last and not past.seen:
+            return self._whole(x)
         buffer, seen = torch.cat([past.buffer, x], -1), past.seen + x.shape[-1]
         if not past.begun:
             if last:

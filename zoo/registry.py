@@ -24,15 +24,20 @@ CARDS_GROUP = "tokenzoo.cards"
 
 _BUILTIN = {
     "autoencoder_kl": "tokenzoo.tokenizers.image.autoencoder_kl:GridVAE",
+    "dac": "tokenzoo.tokenizers.audio.dac:Dac",
     "encodec": "tokenzoo.tokenizers.audio.encodec:Encodec",
     "flextok": "tokenzoo.tokenizers.image.flextok:FlexTok",
     "karl": "tokenzoo.tokenizers.image.karl:KARL",
     "karl_nano": "tokenzoo.tokenizers.image.karl_nano:KARLNano",
+    "maskgit_vqgan": "tokenzoo.tokenizers.image.maskgit_vqgan:VQGAN",
+    "mimi": "tokenzoo.tokenizers.audio.mimi:Mimi",
     "one_d_piece": "tokenzoo.tokenizers.image.one_d_piece:OneDPiece",
     "one_d_piece_nano": "tokenzoo.tokenizers.image.one_d_piece_nano:OneDPieceNano",
     "retok": "tokenzoo.tokenizers.image.retok:ReToK",
+    "snac": "tokenzoo.tokenizers.audio.snac:Snac",
     "tatitok": "tokenzoo.tokenizers.image.tatitok:TATiTok",
     "titok": "tokenzoo.tokenizers.image.titok:TiTok",
+    "wavtokenizer": "tokenzoo.tokenizers.audio.wavtokenizer:WavTokenizer",
 }
 
 _log = logging.getLogger(__name__)

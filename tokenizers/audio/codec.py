@@ -46,10 +46,12 @@ class Codec(Tokenizer):
         sample_rate: In Hz.
         hop: Samples per frame.
         multiple: Recordings are filled with zeros up to a multiple of so many samples.
+        whole: Why this network has to hear a recording as a whole and cannot be streamed; empty if it can.
     """
 
     modality: ClassVar[Modality] = "audio"
     piece: float = 4.0
+    whole: str = ""
     encoder: Chain
     decoder: Chain
     quantizer: Stages
@@ -209,8 +211,10 @@ class Codec(Tokenizer):
         """An encoder and a decoder of one endless recording, which hold their state; `length` as in `encode`.
 
         Raises:
-            TokensError: If this network has to know a recording's end, or cannot encode to this length.
+            TokensError: If this network has to hear a recording as a whole, or cannot encode to this length.
         """
+        if self.whole:
+            raise TokensError(f"{self.name or self.architecture} {self.whole}: stream with encodec_24khz or mimi instead")
         budgets = self._check_length(length, 1)
         return Stream(self, None if budgets is None else budgets[0])
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tokenzoo.encoders.seanet import SEANet
 from tokenzoo.tokenizers import Codes, Output, TokenizerConfig, TokensError
 from tokenzoo.tokenizers.adapter import Adapter
-from tokenzoo.tokenizers.audio.codec import Codec, Stream
+from tokenzoo.tokenizers.audio.codec import Codec
 from tokenzoo.tokenizers.audio.published import OLD_SPELLING, FoldingAdapter, seanet_rules
 from tokenzoo.tokenizers.quantizers import ResidualQuantizer
 
@@ -166,6 +166,8 @@ class Encodec(Codec):
         self.encoder, self.decoder = network.encoder(), network.decoder()
         self.quantizer = ResidualQuantizer(config.codebook_size, config.dim, config.num_codebooks, commitment=config.commitment)
         self.segments = Segments(config) if config.segment else None
+        if self.segments is not None:
+            self.whole = "encodes whole segments"
 
     def _describe(self) -> dict[str, Any]:
         config = self.config
@@ -203,16 +205,6 @@ class Encodec(Codec):
     def _segments_of(self, ids: Tensor, frames: list[int]) -> Iterator[Tensor]:
         for part in ids.split(frames, -1):
             yield self.decoder(self.quantizer.lookup(part.mT).to(self.dtype).mT)
-
-    def stream(self, *, length: int | None = None) -> Stream:
-        """As `Codec.stream`; the 48 kHz model hears a segment as a whole and cannot be streamed.
-
-        Raises:
-            TokensError: If this model works on segments.
-        """
-        if self.segments is not None:
-            raise TokensError(f"{self.name or self.architecture} encodes whole segments: stream with a causal codec instead")
-        return super().stream(length=length)
 
     def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:
         """As `Codec.objective`; of a model with segments, on the first segment of each item."""

@@ -22,10 +22,12 @@ class FoldingAdapter(Adapter):
 
     Attributes:
         spelling: Suffixes of gain and direction that `to_published` writes; none for layouts with folded weights.
+        normalized: Prefix of the published names of weight-normalised layers.
         matrices: Endings of our names of matrices that are published as convolutions of kernel size 1.
     """
 
     spelling: tuple[str, str] | None = None
+    normalized: str = ""
     matrices: tuple[str, ...] = ()
 
     def to_ours(self, published: Mapping[str, Tensor]) -> State:
@@ -46,7 +48,7 @@ class FoldingAdapter(Adapter):
             return state
         published: State = {}
         for name, tensor in state.items():
-            if name.endswith(".weight") and tensor.dim() == 3:
+            if name.startswith(self.normalized) and name.endswith(".weight") and tensor.dim() == 3:
                 stem = name.removesuffix(".weight")
                 published[stem + self.spelling[0]] = tensor.flatten(1).norm(dim=1)[:, None, None]
                 published[stem + self.spelling[1]] = tensor

@@ -13,19 +13,34 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tokenzoo.tokenizers.audio.dac import Dac, DacConfig
 from tokenzoo.tokenizers.audio.encodec import Encodec, EncodecConfig
+from tokenzoo.tokenizers.audio.mimi import Mimi, MimiConfig
+from tokenzoo.tokenizers.audio.snac import Snac, SnacConfig
+from tokenzoo.tokenizers.audio.wavtokenizer import WavTokenizer, WavTokenizerConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 
-def _encodec(**changes):
-    tiny = {"sample_rate": 1000, "ratios": (5, 2), "filters": 4, "dim": 8, "codebook_size": 32, "num_codebooks": 6}
-    return Encodec(EncodecConfig(**tiny | changes))
-
+TINY = {"sample_rate": 1000, "codebook_size": 32}
+SEANET = {"ratios": (5, 2), "filters": 4, "dim": 8}
+SEGMENTS = {"channels": 2, "causal": False, "norm": "time", "segment": 200, "segment_stride": 190}
+RATES = {"encoder_strides": (2, 5), "decoder_strides": (5, 2), "codebook_dim": 4}
 
 MAKERS = {
-    "encodec_24khz": _encodec,
-    "encodec_48khz": lambda: _encodec(channels=2, causal=False, norm="time", segment=200, segment_stride=190),
+    "encodec_24khz": lambda: Encodec(EncodecConfig(**TINY, **SEANET, num_codebooks=6)),
+    "encodec_48khz": lambda: Encodec(EncodecConfig(**TINY, **SEANET, **SEGMENTS, num_codebooks=6)),
+    "mimi": lambda: Mimi(
+        MimiConfig(**TINY | SEANET | {"dim": 16}, layers=2, hidden_dim=16, context=6, codebook_dim=8, num_codebooks=5)
+    ),
+    "dac": lambda: Dac(
+        DacConfig(**TINY, strides=(2, 5), encoder_dim=4, latent_dim=16, decoder_dim=16, codebook_dim=4, num_codebooks=5)
+    ),
+    "snac_24khz": lambda: Snac(SnacConfig(**TINY, **RATES, encoder_dim=4, decoder_dim=16)),
+    "snac_32khz": lambda: Snac(SnacConfig(**TINY, **RATES, encoder_dim=16, decoder_dim=64, window=4, strides=(8, 4, 2, 1))),
+    "wavtokenizer": lambda: WavTokenizer(
+        WavTokenizerConfig(**TINY, **SEANET, decoder_dim=16, decoder_hidden_dim=24, decoder_layers=2, groups=4)
+    ),
 }
 
 

@@ -8,34 +8,8 @@ from tokenzoo.tokenizers.audio.encodec import Encodec, EncodecConfig, Segments
 from tokenzoo.tokenizers.audio.published import fold_weight_norm
 from tokenzoo.tokenizers.errors import WeightsError
 
-NAMES = ["encodec_24khz", "encodec_48khz"]
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_ids_and_audio_equal_the_references(golden, name):
-    case = golden(name, Encodec)
-    for expected in case.cases:
-        tokens = case.tok.encode(expected.wave)
-        assert torch.equal(tokens.ids[0], expected.ids)
-        if name == "encodec_48khz":
-            torch.testing.assert_close(tokens.extras["scales"][0], expected.scales, rtol=1e-6, atol=0)
-        (audio,) = case.tok.decode(tokens)
-        torch.testing.assert_close(audio, expected.audio.clamp(-1, 1), rtol=0, atol=1e-4)
-        (short,) = case.tok.decode(case.tok.encode(expected.wave, target={"kbps": 1.2}))
-        torch.testing.assert_close(short, expected.short.clamp(-1, 1), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_weights_go_back_to_the_published_layout(golden, name):
-    case = golden(name, Encodec)
-    back = case.adapter.to_published(case.tok.state_dict())
-    dropped = {key for key in case.published if key.endswith((".inited", ".cluster_size", ".embed_avg"))}
-    assert back.keys() == case.published.keys() - dropped
-    ours, again = case.tok.state_dict(), case.adapter.to_ours(back)
-    assert all(torch.allclose(ours[key], again[key], rtol=1e-6) for key in ours)
-
-
-def test_both_spellings_and_both_layouts_are_read(golden):
+def test_both_spellings_of_weight_norm_are_read(golden):
     case = golden("encodec_24khz", Encodec)
     ours = case.tok.state_dict()
     newer = {
@@ -43,19 +17,6 @@ def test_both_spellings_and_both_layouts_are_read(golden):
         for key, v in case.published.items()
     }
     assert all(torch.equal(ours[k], v) for k, v in case.adapter.to_ours(newer).items())
-    original = Encodec.adapters["original"].to_published(ours)
-    known = {
-        "encoder.model.0.conv.conv.weight_g",
-        "encoder.model.1.block.3.conv.conv.bias",
-        "encoder.model.4.shortcut.conv.conv.weight_v",
-        "encoder.model.7.lstm.weight_ih_l1",
-        "decoder.model.3.convtr.convtr.weight_v",
-        "quantizer.vq.layers.7._codebook.embed",
-    }
-    assert known <= original.keys()
-    again = Encodec.adapters["original"].to_ours({**original, "quantizer.vq.layers.0._codebook.inited": torch.ones(1)})
-    assert again.keys() == ours.keys()
-    assert all(torch.allclose(ours[key], again[key], rtol=1e-6) for key in ours)
 
 
 def test_half_a_weight_norm_is_refused():

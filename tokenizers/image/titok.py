@@ -17,7 +17,7 @@ Shapes: B batch, N latent tokens, L tokens of a sequence, D width, C width of a 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +30,7 @@ from tokenzoo.encoders.maskgit_vqgan import PixelDecoder
 from tokenzoo.encoders.vit import Transformer
 from tokenzoo.tokenizers import Codes, ConfigError, Output, Tokenizer, TokenizerConfig, TokensError
 from tokenzoo.tokenizers.adapter import Adapter
+from tokenzoo.tokenizers.image.maskgit_vqgan import VQGAN
 from tokenzoo.tokenizers.images import Images
 from tokenzoo.tokenizers.quality import psnr
 from tokenzoo.tokenizers.quantizers import VectorQuantizer
@@ -199,13 +200,17 @@ class LatentDecoder(nn.Module):
 
     def forward(self, vectors_BNC: Tensor, context_BLD: Tensor | None = None) -> Tensor:
         """The first N' latent vectors `[B, N', C]`, and further tokens, to images `[B, 3, H, W]`, not clamped."""
+        return self.head(self.patches(vectors_BNC, context_BLD))
+
+    def patches(self, vectors_BNC: Tensor, context_BLD: Tensor | None = None) -> Tensor:
+        """What the head reads, `[B, h * w, D]`; arguments as `forward`."""
         batch, length, _ = vectors_BNC.shape
         masks = self.mask_token[0] + self.positional_embedding[1:]
         start = torch.cat([self.class_embedding + self.positional_embedding[:1], masks])
         latents = self.embed(vectors_BNC) + self.latent_positional_embedding[:length]
         parts = [start.expand(batch, -1, -1), latents]
         x_BLD = torch.cat(parts if context_BLD is None else [*parts, context_BLD], 1)
-        return self.head(self.transformer(x_BLD, keep=slice(1, len(start))))
+        return self.transformer(x_BLD, keep=slice(1, len(start)))
 
 
 PUBLISHED = Adapter(
@@ -298,7 +303,12 @@ def config_from_published(published: Mapping[str, Any], related: object = None) 
 
 
 class TiTok(Tokenizer):
-    """The tokenizer: `num_tokens` ids (or vectors) per image, always all of them."""
+    """The tokenizer: `num_tokens` ids (or vectors) per image, always all of them.
+
+    Attributes:
+        proxy_codes: Gives the ids int64 `[B, h * w]` that legacy models learn to predict in the first stage of their
+            training, of images `[B, 3, H, W]` in [0, 1]; `None` in the second stage. See `learn_from`.
+    """
 
     architecture: ClassVar[str] = "titok"
     modality: ClassVar[Modality] = "image"
@@ -312,6 +322,7 @@ class TiTok(Tokenizer):
         self.encoder = LatentEncoder(config)
         self.decoder = LatentDecoder(config)
         self.apply(_initialize)
+        self.proxy_codes: Callable[[Tensor], Tensor] | None = None
         self.quantizer = None
         if config.quantizer == "vq":
             self.quantizer = VectorQuantizer(
@@ -350,17 +361,59 @@ class TiTok(Tokenizer):
             raise TokensError(f"expected extras['vectors'] of shape {expected}, got {got}: this tokenizer has no ids")
         return vectors.to(self.dtype)
 
-    def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:
-        """Squared error of the pixels, plus the quantizer's loss or the weighted KL divergence; everything is trained.
+    def learn_from(self, teacher: Tokenizer) -> None:
+        """Makes `objective` the first stage of the published recipe: predicting the codes of MaskGIT's VQGAN.
 
-        This is the part of the published single-stage recipe that needs no second network: no perceptual or
-        adversarial loss, and legacy models are trained through their pixel decoder instead of on proxy codes.
+        The codebook and the pixel decoder become copies of the teacher's. Freeze them (`decoder.head.codebook`,
+        `decoder.head.pixel_decoder.*`); for the second stage freeze `encoder.*` and `quantizer.*` instead, without a teacher.
+
+        Args:
+            teacher: A trained VQGAN whose grid, codebook and decoder are those that this config says.
+
+        Raises:
+            ConfigError: If this is no legacy model, or the teacher is another network.
+        """
+        config = self.config
+        mine = {
+            "image_size": config.image_size,
+            "grid": config.grid,
+            "codebook_size": config.pixel_codebook_size,
+            "dim": config.pixel_dim,
+            "channels": config.pixel_channels,
+            "multipliers": config.pixel_multipliers,
+            "blocks": config.pixel_blocks,
+        }
+        if not isinstance(self.decoder.head, ProxyHead):
+            raise ConfigError("expected a model with legacy=True: others are trained on pixels from the start, without teacher")
+        if not isinstance(teacher, VQGAN):
+            raise ConfigError(f"expected a maskgit_vqgan to learn from, got {teacher.name or teacher.architecture}")
+        theirs = {name: getattr(teacher.config, name) for name in mine}
+        if theirs != mine:
+            wrong = ", ".join(f"{name} {theirs[name]} for {mine[name]}" for name in mine if theirs[name] != mine[name])
+            raise ConfigError(f"expected a teacher of the sizes that the pixel decoder has, got {wrong}")
+        with torch.no_grad():
+            self.decoder.head.codebook.copy_(teacher.quantizer.codebook)
+        self.decoder.head.pixel_decoder.load_state_dict(teacher.decoder.state_dict())
+        self.proxy_codes = teacher.eval().requires_grad_(False).codes
+
+    def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:
+        """The quantizer's loss or the weighted KL divergence, and what the decoder gets wrong.
+
+        That is the cross-entropy with the teacher's codes after `learn_from`, the squared error of the pixels otherwise.
+        These are the parts of the published two-stage and single-stage recipes that need no further network: there is no
+        perceptual and no adversarial loss.
         """
         del progress
         vectors_BNC, losses, metrics = self._bottleneck(self.encoder(batch), generator)
         if self.training:
             vectors_BNC = vectors_BNC[:, : self._training_length(generator)]
-        return self._output(batch, self.decoder(vectors_BNC.to(batch.dtype)), losses, metrics)
+        vectors_BNC = vectors_BNC.to(batch.dtype)
+        if self.proxy_codes is None:
+            return self._output(batch, self.decoder(vectors_BNC), losses, metrics)
+        logits = self.decoder.head.layers(self.decoder.patches(vectors_BNC)).float()
+        wanted = self.proxy_codes(batch)
+        correct = (logits.argmax(-1) == wanted).float().mean()
+        return Output(None, {"proxy": F.cross_entropy(logits.mT, wanted), **losses}, {"proxy_accuracy": correct, **metrics})
 
     def _training_length(self, generator: torch.Generator | None) -> int:
         """How many of the first tokens the decoder sees in this step."""

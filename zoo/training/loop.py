@@ -104,6 +104,8 @@ class _Run:
         self.accelerator = Accelerator(mixed_precision=recipe.precision, step_scheduler_with_optimizer=False)
         for name, parameter in tokenizer.named_parameters():
             parameter.requires_grad_(not any(fnmatch(name, glob) for glob in recipe.freeze))
+        if recipe.teacher:
+            _teach(tokenizer, recipe.teacher, self.accelerator.device)
         if checkpoint is not None:
             tokenizer.load_state_dict(checkpoint.model)
         tokenizer.to(self.accelerator.device)
@@ -232,6 +234,16 @@ def _inherit(tokenizer: Tokenizer, source: Tokenizer) -> None:
     if not shared:
         raise ConfigError(f"{source.name or source.architecture} has no weights in common with {tokenizer.architecture}")
     tokenizer.load_state_dict(shared, strict=False)
+
+
+def _teach(tokenizer: Tokenizer, teacher: str, device: torch.device) -> None:
+    """Hands a tokenizer the one that it learns from."""
+    from tokenzoo.loading import load
+
+    learn_from = getattr(tokenizer, "learn_from", None)
+    if learn_from is None:
+        raise ConfigError(f"recipe: {tokenizer.architecture} learns from no teacher, got teacher = {teacher!r}: leave it out")
+    learn_from(load(teacher, device=device))
 
 
 def _initialise(tokenizer: Tokenizer, sampler: CropSampler, recipe: Recipe) -> None:

@@ -53,6 +53,7 @@ class Recipe:
         start: Card name, Hub repository or folder to fine-tune from, as in `tokenzoo.load`.
         inherit: What to take first weights from when training from scratch, named as `start`: those of the same name and
             shape, in a tokenizer of any architecture.
+        teacher: A trained tokenizer that this one learns from, named as `start`, where the architecture can (`learn_from`).
         data: What to train on.
         output: Folder for checkpoints, logs and the result.
         steps: Optimizer steps.
@@ -79,6 +80,7 @@ class Recipe:
     config: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
     inherit: str = ""
+    teacher: str = ""
     data: DataRecipe = field(default_factory=DataRecipe)
     output: str = "runs/latest"
     steps: int = 1000

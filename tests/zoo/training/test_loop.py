@@ -2,13 +2,16 @@ import json
 import os
 import signal
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 
 from tokenzoo import load
+from tokenzoo.registry import tokenizer_class
 from tokenzoo.tokenizers.errors import ConfigError
+from tokenzoo.tokenizers.image.maskgit_vqgan import VQGAN, VQGANConfig
 from tokenzoo.training import Recipe, loop, train
 from tokenzoo.training.checkpoint import AveragedWeights, Checkpoint
 
@@ -109,3 +112,38 @@ def test_the_average_forgets_the_start():
     for update in range(200):
         average.update(module, update)
     assert torch.allclose(average.state_dict(module)["weight"], torch.ones(2, 2), atol=1e-4)
+
+
+def test_a_student_learns_from_a_teacher(recipe, tmp_path):
+    pixels = {"image_size": 16, "channels": 32, "multipliers": [1, 1, 1], "blocks": 1, "dim": 4, "codebook_size": 8}
+    plan = replace(recipe, steps=1, batch_size=2, eval_lengths=(), save_every=1)
+    teacher = train(replace(plan, architecture="maskgit_vqgan", config=pixels, output=str(tmp_path / "teacher")))
+    student = {"image_size": 16, "patch_size": 4, "num_tokens": 4, "token_dim": 4, "codebook_size": 16}
+    student |= {
+        f"{side}_{key}": 16 if key == "dim" else 1 for side in ("encoder", "decoder") for key in ("dim", "layers", "heads")
+    }
+    student |= {f"pixel_{key}": pixels[key] for key in ("channels", "multipliers", "blocks", "dim", "codebook_size")}
+    first = replace(
+        plan, architecture="titok", config=student, teacher=str(teacher), output=str(tmp_path / "first"), log_every=1
+    )
+    folder = train(replace(first, freeze=("decoder.head.codebook", "decoder.head.pixel_decoder.*")))
+    line = json.loads((tmp_path / "first" / loop.LOG).read_text().splitlines()[0])
+    assert {"proxy", "proxy_accuracy"} <= line.keys()
+    theirs = load(str(teacher)).decoder.state_dict()
+    assert equal(load(str(folder)).decoder.head.pixel_decoder.state_dict(), theirs)
+    with pytest.raises(ConfigError, match="learns from no teacher"):
+        train(replace(recipe, teacher=str(teacher), output=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("name", ["maskgit_vqgan_nano", "titok_nano_stage1", "titok_nano_stage2", "retok_nano"])
+def test_bundled_recipes_name_what_they_train(name):
+    plan = Recipe.read(name)
+    if plan.start:
+        assert plan.start == Recipe.read("titok_nano_stage1").output + "/averaged"
+        return
+    cls = tokenizer_class(plan.architecture)
+    tok = cls(cls.config_class.from_dict(plan.config))
+    assert all(any(fnmatch(key, glob) for key in tok.state_dict()) for glob in plan.freeze)
+    if plan.teacher:
+        assert plan.teacher == Recipe.read("maskgit_vqgan_nano").output + "/averaged"
+        tok.learn_from(VQGAN(VQGANConfig.from_dict(Recipe.read("maskgit_vqgan_nano").config)))

@@ -7,7 +7,7 @@
 #define LANES 16
 #define ROW_VECTORS 2
 #define GROUP 8
-#define FEW 8
+#define FEW 16
 
 static inline __m512 vmax(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 static inline uint32_t lanes_equal(__m512 a, __m512 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }

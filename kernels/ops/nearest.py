@@ -78,7 +78,11 @@ def check(x: Tensor, codebook: Tensor, metric: str) -> None:
 
 def needs_op(*tensors: Tensor) -> bool:
     """Whether a call must go through the registered operator: for gradients, or into a traced graph; it costs 30 us."""
-    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return torch.compiler.is_compiling()
 
 
 def as_rows(x: Tensor) -> Tensor:

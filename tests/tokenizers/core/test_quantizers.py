@@ -148,6 +148,17 @@ def test_every_module_keeps_one_contract(name):
         assert quantizer.lookup(ids).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["vector_cosine", "residual_narrow", "projected", "finite", "spherical"])
+def test_modules_compile_without_a_graph_break(name):
+    torch.compiler.reset()
+    quantizer, x = MODULES[name](), torch.randn(3, 20, 8)
+    found, expected = torch.compile(quantizer, fullgraph=True, backend="eager")(x), quantizer(x)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.allclose(found.vectors, expected.vectors, atol=1e-5)
+    quantizer.eval()
+    assert torch.equal(torch.compile(quantizer.ids, fullgraph=True, backend="eager")(x), quantizer.ids(x))
+
+
 def test_state_dicts_hold_weights_only():
     stage = {"codebook", "in_proj.weight", "in_proj.bias", "out_proj.weight", "out_proj.bias"}
     expected = {

@@ -57,9 +57,9 @@ class Attention(nn.Module):
 
         The slices `queries` count from the first kept position.
         """
-        q = normalise(self._heads(self.q(x_BLD if keep is None else x_BLD[:, keep])))
-        k = normalise(self._heads(self.k(x_BLD)))
-        v = self._heads(self.v(x_BLD))
+        q = normalise(self._heads(self.q(x_BLD if keep is None else x_BLD[:, keep]))).transpose(1, 2)
+        k = normalise(self._heads(self.k(x_BLD))).transpose(1, 2)
+        v = self._heads(self.v(x_BLD)).transpose(1, 2)
         parts = [
             F.scaled_dot_product_attention(q[:, :, i], k[:, :, j], v[:, :, j], attn_mask=bias, scale=8 / self.head_dim)
             for i, j, bias in reaches
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         return self.out(x_BHLD.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        return x_BLD.unflatten(2, (-1, self.head_dim))
 
 
 class SwiGLU(nn.Module):

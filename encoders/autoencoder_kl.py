@@ -79,7 +79,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Every pixel four times, then a convolution."""
+    """Every pixel four times, then a 3x3 convolution.
+
+    Most of what that convolution reads are copies. Of the four pixels that come of one, each depends on 2 x 2 input pixels, by
+    weights that are sums of the 3x3 ones; computed so, it takes 4/9 of the multiplications.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -87,7 +91,22 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, 2 H, 2 W]`."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        height, width = x.shape[2:]
+        padded = F.pad(x, (1, 1, 1, 1))
+        rows = []
+        for i, by_row in enumerate(_summed(self.conv.weight, 2)):
+            columns = [
+                F.conv2d(padded[:, :, i : i + height + 1, j : j + width + 1], kernel, self.conv.bias)
+                for j, kernel in enumerate(_summed(by_row, 3))
+            ]
+            rows.append(torch.stack(columns, 4).flatten(3))
+        return torch.stack(rows, 3).flatten(2, 3)
+
+
+def _summed(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """3 weights along `dim` as 2: the first alone and the others together, then the first two together and the last alone."""
+    first, middle, last = weight.unbind(dim)
+    return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
 
 
 class GridEncoder(nn.Module):

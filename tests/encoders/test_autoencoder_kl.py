@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from tokenzoo.encoders.autoencoder_kl import AutoencoderKL, Downsample, GridAttention, arguments_from_diffusers
+from tokenzoo.encoders.autoencoder_kl import AutoencoderKL, Downsample, GridAttention, Upsample, arguments_from_diffusers
 
 PUBLISHED = {
     "_class_name": "AutoencoderKL",
@@ -83,3 +84,17 @@ def test_published_configs():
 def test_other_graphs_are_refused(changes):
     with pytest.raises(ValueError, match=r"expected|unknown keys"):
         arguments_from_diffusers({**PUBLISHED, **changes})
+
+
+def test_upsampling_convolves_the_enlarged_image():
+    torch.manual_seed(0)
+    up = Upsample(3)
+    for size in ((1, 1), (2, 5), (4, 3)):
+        x = torch.randn(2, 3, *size)
+        expected = up.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        torch.testing.assert_close(up(x), expected, rtol=0, atol=1e-5)
+    up(x).square().sum().backward()
+    ours = up.conv.weight.grad.clone()
+    up.zero_grad()
+    up.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")).square().sum().backward()
+    torch.testing.assert_close(ours, up.conv.weight.grad, rtol=1e-4, atol=1e-4)

@@ -169,7 +169,8 @@ class Tokens:
         if budget.numel() and int(budget.min()) < 1:
             raise TokensError(f"expected at least 1 token to be kept, got {int(budget.min())}")
         if self.spec.variable == "prefix" and not self.spec.num_codebooks:
-            raise TokensError(f"tokens of {self.spec.name or self.spec.architecture} are continuous: encode with length= instead")
+            name = self.spec.name or self.spec.architecture
+            raise TokensError(f"tokens of {name} are continuous and cannot be truncated: encode with length= instead")
         budget = budget.expand(len(self))[:, None]
         if self.spec.variable == "prefix":
             return self._with_lengths(torch.minimum(self.lengths, budget))

@@ -7,8 +7,8 @@ nano: a progressive code of DCT coefficients, of which any prefix decodes, and a
 
 The probability that token t is halted is a logistic function of how far the error that the t tokens before it are predicted
 to leave lies below the asked one. The prediction starts from what the encoder knows anyway, the energy of the coefficients
-that those tokens leave, and a small network corrects it by the class, the spectrum and the asked error. So the kept tokens
-are always the first ones.
+that those tokens leave, and a small network corrects it by the detail that the image has at several scales. So the kept
+tokens are always the first ones.
 
 Shapes: B batch, N tokens, K kept coefficients, H W pixels.
 """
@@ -26,7 +26,8 @@ from tokenzoo.tokenizers import Output, TokenizerConfig, Tokens, TokensError
 from tokenzoo.tokenizers.image.one_d_piece_nano import OneDPieceNano, OneDPieceNanoConfig
 from tokenzoo.tokenizers.quality import l1, psnr
 
-_FLOOR = 1e-6
+_FLOOR, _DETAIL_FLOOR = 1e-6, 1e-4
+_NEVER = -1e4
 
 
 @strict
@@ -52,36 +53,46 @@ class KARLNanoConfig(OneDPieceNanoConfig):
 class Halting(nn.Module):
     """Of the errors that prefixes leave in coefficients, logits that the tokens after them are halted."""
 
-    def __init__(self, config: KARLNanoConfig, num_bands: int) -> None:
+    def __init__(self, dim: int, num_details: int) -> None:
         super().__init__()
-        dim = config.halting_dim
         self.log_slope = nn.Parameter(torch.tensor(2.0))
         self.bias = nn.Parameter(torch.tensor(-0.4))
-        self.class_embedding = nn.Parameter(torch.zeros(config.num_classes, dim))
-        self.spectrum = nn.Linear(num_bands, dim)
+        self.image = nn.Linear(num_details, dim)
         self.prefix = nn.Linear(4, dim)
         self.correction = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
         nn.init.zeros_(self.correction[-1].weight)
         nn.init.zeros_(self.correction[-1].bias)
 
-    def forward(self, left_BN: Tensor, spectrum: Tensor, chosen: Tensor, asked: Tensor) -> Tensor:
+    def forward(self, left_BN: Tensor, details: Tensor, asked: Tensor) -> Tensor:
         """Logits `[B, N]`.
 
         Args:
             left_BN: Root mean square per pixel `[B, N]` of what the first 1, 2, ... N tokens leave.
-            spectrum: Log energies of the bands `[B, bands]`.
-            chosen: Class of each image, `[B]`.
+            details: Of `image_details`, `[B, details]`.
             asked: Mean absolute error that is asked for, `[B]`.
         """
         left = torch.log(left_BN + _FLOOR)
         error = torch.log(asked + _FLOOR)[:, None].expand_as(left)
         place = torch.log(torch.arange(1, left.shape[1] + 1, device=left.device).float()).expand_as(left)
-        details = self.prefix(torch.stack([left, error, place, left - left[:, :1]], -1))
-        context = self.spectrum(spectrum) + self.class_embedding[chosen]
-        predicted = left + self.bias + self.correction(details + context[:, None])[..., 0]
+        prefix = self.prefix(torch.stack([left, error, place, left - left[:, :1]], -1))
+        predicted = left + self.bias + self.correction(prefix + self.image(details)[:, None])[..., 0]
         logits = self.log_slope.exp() * (error - predicted)
         # Token t is halted if the t before it are enough; the first never is.
-        return F.pad(logits[:, :-1], (1, 0), value=-1e4)
+        return F.pad(logits[:, :-1], (1, 0), value=_NEVER)
+
+
+def image_details(images: Tensor) -> Tensor:
+    """What averages over 2, 4, 8, ... pixels take away from images `[B, 3, H, W]`: logs of mean and root mean square."""
+    images, details = images.float(), []
+    for side in _scales(images.shape[2]):
+        lost = (images - F.interpolate(F.avg_pool2d(images, side), scale_factor=side)).flatten(1)
+        details += [lost.abs().mean(1), lost.square().mean(1).sqrt()]
+    return torch.log(torch.stack(details, 1) + _DETAIL_FLOOR)
+
+
+def _scales(size: int) -> list[int]:
+    """Powers of two up to half of a size, which divide it."""
+    return [side for side in (2**i for i in range(1, size.bit_length())) if 2 * side <= size and size % side == 0]
 
 
 class KARLNano(OneDPieceNano):
@@ -97,7 +108,7 @@ class KARLNano(OneDPieceNano):
 
     def __init__(self, config: KARLNanoConfig) -> None:
         super().__init__(config)
-        self.halting = Halting(config, int(self.code.bands.max()) + 1)
+        self.halting = Halting(config.halting_dim, 2 * len(_scales(config.image_size)))
 
     @torch.no_grad()
     def encode_at(self, images: Tensor, error: float) -> tuple[Tensor, Tensor]:
@@ -105,32 +116,27 @@ class KARLNano(OneDPieceNano):
 
         One pass, in which nothing is decoded.
         """
-        ids, left, x_BK = self._measure_code(images, self.config.classes_tried)
-        halting = self._halting(ids, left, x_BK, torch.full((len(images),), error, device=images.device))
+        ids, left = self._measured_code(images, self.config.classes_tried)
+        halting = self._halting(images, left, torch.full((len(images),), error, device=images.device))
         lengths = (halting.sigmoid() <= self.config.halting_threshold).sum(1)
         longest = int(lengths.max())
         real = torch.arange(longest, device=ids.device) < lengths[:, None]
         return (ids[:, :longest] * real)[:, None], lengths[:, None]
 
-    def _measure_code(self, images: Tensor, tries: int) -> tuple[Tensor, Tensor, Tensor]:
-        """All ids `[B, N]`, what each prefix leaves (root mean square per value of the image, `[B, N]`), and coefficients."""
+    def _measured_code(self, images: Tensor, tries: int) -> tuple[Tensor, Tensor]:
+        """All ids `[B, N]`, and what each prefix leaves: root mean square per value of the image, `[B, N]`."""
         with torch.autocast(images.device.type, enabled=False):
             spectrum = self.spectrum(images)
             x_BK = spectrum[:, self.kept]
             ids, errors = self.code.encode_with_errors(x_BK, self.config.num_tokens, tries=tries)
             lost = (spectrum.square().sum(1) - x_BK.square().sum(1)).clamp(min=0)
-            return ids, ((errors + lost[:, None]) / spectrum.shape[1]).sqrt(), x_BK
+            return ids, ((errors + lost[:, None]) / spectrum.shape[1]).sqrt()
 
-    def _halting(self, ids: Tensor, left: Tensor, x_BK: Tensor, asked: Tensor) -> Tensor:
+    def _halting(self, images: Tensor, left: Tensor, asked: Tensor) -> Tensor:
         """Logits `[B, N]` that each token is halted, in float32 whatever the weights' precision."""
-        with torch.autocast(ids.device.type, enabled=False):
-            bands = self.code.bands
-            counts = torch.bincount(bands).float()
-            centred = (x_BK - self.code.mean.float()).square()
-            energies = torch.zeros(len(x_BK), len(counts), device=x_BK.device).index_add(1, bands, centred) / counts
+        with torch.autocast(images.device.type, enabled=False):
             weights = {name: parameter.float() for name, parameter in self.halting.named_parameters()}
-            arguments = (left, torch.log(energies + _FLOOR), ids[:, 0] // self.code.variants, asked.float())
-            return torch.func.functional_call(self.halting, weights, arguments)
+            return torch.func.functional_call(self.halting, weights, (left, image_details(images), asked.float()))
 
     def _encode_batch(
         self,
@@ -150,7 +156,8 @@ class KARLNano(OneDPieceNano):
 
     def _check_target(self, target: Mapping[str, float] | None) -> None:
         super()._check_target(target)
-        if target is not None and "l1" in target and not target["l1"] > 0:
+        error = (target or {}).get("l1", 1)
+        if not (isinstance(error, (int, float)) and error > 0):
             raise TokensError(f"expected a positive mean absolute error, got target={target}")
 
     def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:
@@ -161,12 +168,12 @@ class KARLNano(OneDPieceNano):
         """
         del progress
         with torch.no_grad():
-            ids, left, x_BK = self._measure_code(batch, 1)
+            ids, left = self._measured_code(batch, 1)
         lengths = self._training_lengths(len(batch), generator).to(batch.device)
         reconstruction = self.reconstruct(ids, lengths).float()
         reached = l1(reconstruction, batch)
         seen = l1(reconstruction.detach().clamp(0, 1), batch)
-        logits = self._halting(ids, left, x_BK, seen)
+        logits = self._halting(batch, left, seen)
         halted = (torch.arange(self.config.num_tokens, device=batch.device) >= lengths[:, None]).float()
         losses = {
             "log_error": torch.log(reached + 1e-3).mean(),

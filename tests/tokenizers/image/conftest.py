@@ -27,13 +27,13 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def golden():
-    def load(name, cls, state=None):
+    def load(name, cls, state=None, adapter="published"):
         with safe_open(GOLDEN / f"{name}.expected.safetensors", "pt") as file:
             expected = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             config = json.loads(file.metadata()["config"])
         published = {key: tensor.float() for key, tensor in load_file(GOLDEN / f"{state or name}.state.safetensors").items()}
         tokenizer = cls(cls.config_class.from_dict(config)).eval()
-        tokenizer.load_state_dict(cls.adapters["published"].to_ours(published), strict=True)
+        tokenizer.load_state_dict(cls.adapters[adapter].to_ours(published), strict=True)
         images = expected.pop("images")
         return SimpleNamespace(tok=tokenizer, published=published, images=images, expected=expected)
 

@@ -5,10 +5,10 @@ Shapes: B batch, C channels, S samples, D width of the latents, T frames, K code
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenzoo.encoders.streaming import Chain, State
@@ -22,23 +22,11 @@ from tokenzoo.tokenizers.waveforms import Audio
 _ROUNDING = 1e-9
 
 
-class Stages(Protocol):
-    """A quantizer of several stages; the last ones may be left out."""
-
-    def ids(self, x: Tensor, num_stages: int | None = None) -> Tensor:
-        """Ids int64 `[B, T, K]` of vectors `[B, T, D]`."""
-
-    def lookup(self, ids: Tensor) -> Tensor:
-        """Vectors float32 `[B, T, D]` of ids `[B, T, K]`."""
-
-    def __call__(self, x: Tensor) -> Quantized:
-        """Quantizes `[B, T, D]` for training."""
-
-
 class Codec(Tokenizer):
     """An encoder, a quantizer of several stages and a decoder over a waveform, `hop` samples a frame.
 
-    A system sets `encoder`, `decoder` and `quantizer`, or overrides `_encode` and `_decode` where it does more.
+    A system sets `encoder`, `decoder` and `quantizer` (`ids`, `lookup` and a call for training, as `ResidualQuantizer` has
+    them), or overrides `_encode` and `_decode` where it does more.
 
     Attributes:
         piece: Seconds that go through the network at once; longer recordings follow piece by piece and get the same ids
@@ -53,8 +41,8 @@ class Codec(Tokenizer):
     piece: float = 4.0
     whole: str = ""
     encoder: Chain
-    decoder: Chain
-    quantizer: Stages
+    decoder: nn.Module
+    quantizer: Any
 
     def __init__(self, config: TokenizerConfig, *, sample_rate: int, hop: int, channels: int = 1, multiple: int = 1) -> None:
         super().__init__(config, Audio(sample_rate, channels))
@@ -185,20 +173,25 @@ class Codec(Tokenizer):
 
         This is the part of the published recipes that needs no second network: no adversarial and no distillation loss.
         """
-        del progress, generator
+        del progress
         found = self.quantizer(self.encoder(self._fill(batch)).mT)
-        reconstruction = self.decoder(found.vectors.mT.to(batch.dtype))[..., : batch.shape[-1]]
+        reconstruction = self._render(found.vectors.mT.to(batch.dtype), generator)
+        reconstruction = F.pad(reconstruction, (0, batch.shape[-1] - reconstruction.shape[-1]))
         return self._output(batch, reconstruction, found)
 
+    def _render(self, latents: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Audio `[B, C, S]` of whole latents `[B, D, T]` in training."""
+        del generator
+        return self.decoder(latents)
+
     def _output(self, batch: Tensor, reconstruction: Tensor, found: Quantized) -> Output:
-        original = batch[..., : reconstruction.shape[-1]]
         losses = {
-            "waveform": (reconstruction.float() - original.float()).abs().mean(),
-            "mel": mel_distance(reconstruction, original, self.sample_rate),
+            "waveform": (reconstruction.float() - batch.float()).abs().mean(),
+            "mel": mel_distance(reconstruction, batch, self.sample_rate),
             "quantizer": found.loss,
         }
         with torch.no_grad():
-            quality = self.qualities["si_sdr"].measure(reconstruction, original).mean()
+            quality = self.qualities["si_sdr"].measure(reconstruction, batch).mean()
         return Output(reconstruction, losses, {"si_sdr": quality})
 
     def _measure(self, tokens: Tokens, original: Tensor, target: Mapping[str, float]) -> dict[str, Tensor]:

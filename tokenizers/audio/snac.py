@@ -208,7 +208,8 @@ class Snac(Codec):
         for latents in self._feed(self.encoder, self._fill(batch), self._piece_frames * self.hop):
             waiting = latents if waiting is None else torch.cat([waiting, latents], -1)
             whole = waiting.shape[-1] // together * together
-            parts.append(self.quantizer.ids(waiting[..., :whole].mT))
+            if whole:
+                parts.append(self.quantizer.ids(waiting[..., :whole].mT))
             waiting = waiting[..., whole:]
         ids = [torch.cat(sequence, -1) for sequence in zip(*parts, strict=True)]
         width = max(sequence.shape[1] for sequence in ids)
@@ -233,3 +234,7 @@ class Snac(Codec):
             end = min(at + size, num_frames)
             parts = [ids[:, k, at // stride : end // stride] for k, stride in enumerate(self.config.strides)]
             yield self.decoder(self.quantizer.lookup(parts).to(self.dtype).mT, state, end == num_frames)
+
+    def _render(self, latents: Tensor, generator: torch.Generator | None) -> Tensor:
+        seed = int(torch.randint(1 << 31, (), generator=generator, device=generator.device if generator else None))
+        return self.decoder(latents, seed_noise(self.decoder, latents.shape[-1], seed), True)

@@ -78,4 +78,8 @@ def make(name):
             tensor.data.normal_(generator=generator).mul_(0.3)
         elif tensor.dim() > 1:
             tensor.data.mul_(1.5)
+    if name == "wavtokenizer":  # one codebook has to tell the latents of noise apart by itself
+        with torch.no_grad():
+            latents = tok.encoder(torch.randn(1, 1, 320, generator=generator) / 2)
+        tok.quantizer.stages[0].codebook.data.copy_(latents[0].mT)
     return tok

@@ -100,7 +100,7 @@ def test_any_cut_of_an_interleaved_stream_holds_whole_past_frames(codec):
     flat = tokens.flatten("interleaved")
     groups = flat.shape[1] // per_group
     early = Tokens.unflatten(flat[:, : per_group * (groups // 2)], tokens.spec, "interleaved")
-    assert torch.equal(early.ids, tokens.ids[..., : early.ids.shape[2]])
+    assert all(torch.equal(cut, whole[: len(cut)]) for cut, whole in zip(early.codes(), tokens.codes(), strict=True))
     for length, stride in zip(early.lengths[0].tolist(), tokens.spec.strides, strict=True):
         assert length == groups // 2 * max(tokens.spec.strides) // stride
 
@@ -128,7 +128,7 @@ def test_fewer_codebooks_are_a_prefix(codec):
     wave = noise(codec, 120)
     whole = codec.encode(wave)
     if whole.spec.variable != "codebooks":
-        with pytest.raises(TokensError, match="fixed length"):
+        with pytest.raises(TokensError, match="fixed rate"):
             codec.encode(wave, length=1)
         return
     for number in range(1, whole.spec.num_codebooks + 1):

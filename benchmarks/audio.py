@@ -1,0 +1,137 @@
+"""How fast an audio codec encodes and decodes, beside another implementation of it in the same paired rounds.
+
+    python benchmarks/audio.py encodec_24khz.meta mimi.kyutai --peer my_peer.py --seconds 10
+
+Weights are random; nothing is downloaded. The peer is a file of yours with three functions:
+
+    load_state(name, state)   # takes the card's name and a state dict under the published keys
+    encode(batch)             # [B, C, S] to whatever its decode takes, all codebooks
+    decode(codes)             # that to audio [B, C, S']
+
+Rounds and ratios as in `encode.py`: medians of peer time / our time, by the clock and by processor time. `speed` is seconds of
+audio per second. Where ids or audio differ there is nothing to compare, and the benchmark says so; `ids` of the peer are
+read by its function `ids(codes)`, one sequence per codebook. With `--memory HOURS` the peak resident memory of encoding
+and decoding that much noise is measured instead, in this process.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from encode import Contender, load_peer, ratio, time_rounds
+from torch import Tensor
+
+from tokenzoo.registry import find_card, tokenizer_class
+from tokenzoo.tokenizers.audio.codec import Codec
+
+
+def random_codec(name: str) -> Codec:
+    """The codec of a card with seeded random weights: codebooks at the scale of the latents, so that ids spread."""
+    card = find_card(name)
+    cls = tokenizer_class(card.architecture)
+    torch.manual_seed(0)
+    codec = cls(cls.config_class.from_dict(dict(card.config))).eval().requires_grad_(False)  # type: ignore[call-arg]
+    assert isinstance(codec, Codec)
+    for parameter, tensor in codec.named_parameters():
+        if parameter.endswith("codebook"):
+            tensor.normal_(std=0.1)
+    return codec
+
+
+def same(codec: Codec, batch: Tensor, peer: ModuleType) -> tuple[float, float]:
+    """Fraction of equal ids, and the largest difference of the audio that the peer's codes decode to."""
+    codes = peer.encode(batch)
+    ours = codec._encode(batch, length=None, seed=0)
+    equal = total = 0
+    for k, theirs in enumerate(peer.ids(codes)):
+        mine = ours.ids[:, k, : theirs.shape[-1]]
+        equal, total = equal + int((mine == theirs).sum()), total + theirs.numel()
+    assert ours.lengths is not None
+    theirs = peer.decode(codes)
+    mine = codec._decode(ours.ids, ours.lengths, ours.extras)[..., : theirs.shape[-1]]
+    return equal / total, float((mine - theirs).abs().max())
+
+
+@torch.no_grad()
+def measure(name: str, peer: ModuleType | None, *, seconds: float, rounds: int) -> dict[str, Any]:
+    """Seconds of audio per second of `_encode` and `_decode`, and how much longer the peer takes."""
+    codec = random_codec(name)
+    noise = torch.randn(1, codec.channels, round(seconds * codec.sample_rate), generator=torch.Generator().manual_seed(1))
+    batch = 0.3 * noise
+    codes = codec._encode(batch, length=None, seed=0)
+    assert codes.lengths is not None
+    lengths = codes.lengths
+    contenders: dict[str, Contender] = {
+        "encode": lambda: codec._encode(batch, length=None, seed=0),
+        "decode": lambda: codec._decode(codes.ids, lengths, codes.extras),
+    }
+    result: dict[str, Any] = {"name": name, "seconds": seconds, "rounds": rounds, "threads": torch.get_num_threads()}
+    if peer is not None:
+        peer.load_state(name, codec.adapters[find_card(name).source.adapter or ""].to_published(codec.state_dict()))
+        agreement, difference = same(codec, batch, peer)
+        result |= {"agreement": agreement, "difference": difference}
+        if agreement < 0.999 or difference > 1e-3:
+            raise SystemExit(f"{name}: {agreement:.2%} of the ids are equal, audio differs by {difference:.1g}: nothing to compare")
+        theirs = peer.encode(batch)
+        contenders |= {"peer encode": lambda: peer.encode(batch), "peer decode": lambda: peer.decode(theirs)}
+    timed = time_rounds(contenders, rounds)
+    result["speed"] = {k: seconds / statistics.median(t for t, _ in v) for k, v in timed.items()}
+    if peer is not None:
+        result["ratio"] = {k: [ratio(timed[f"peer {k}"], timed[k], which) for which in (0, 1)] for k in ("encode", "decode")}
+    return result
+
+
+def measure_memory(name: str, hours: float) -> dict[str, Any]:
+    """Peak resident memory in GB of this process, after encoding and after decoding so much noise."""
+    codec = random_codec(name)
+    samples = round(hours * 3600 * codec.sample_rate)
+    wave = torch.rand(codec.channels, samples, generator=torch.Generator().manual_seed(1)).sub_(0.5)
+    tokens = codec.encode((wave, codec.sample_rate))
+    encoded = _peak()
+    del wave
+    (audio,) = codec.decode(tokens)
+    assert audio.shape == (codec.channels, samples)
+    return {"name": name, "hours": hours, "encode_gb": encoded, "decode_gb": _peak()}
+
+
+def _peak() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+
+
+def main() -> None:
+    """Prints a table, and JSON to a file if asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="+", help="card names")
+    parser.add_argument("--peer", type=Path, help="a Python file with load_state, encode, decode and ids")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", type=float, help="hours of audio whose peak memory to measure instead; one name only")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    options = parser.parse_args()
+    if options.memory is not None:
+        if len(options.names) > 1:
+            parser.error("a process has one peak: measure the memory of one codec at a time")
+        results = [measure_memory(options.names[0], options.memory)]
+        print(json.dumps(results[0]))
+    else:
+        peer = load_peer(options.peer) if options.peer else None
+        results = []
+        print(f"{'codec':32} {'':14} {'x real time':>12} {'peer/ours, clock':>17} {'processor':>10}")
+        for name in options.names:
+            results.append(measure(name, peer, seconds=options.seconds, rounds=options.rounds))
+            for contender, speed in results[-1]["speed"].items():
+                clock, processor = [f"{value:.2f}" for value in results[-1].get("ratio", {}).get(contender, [])] or ["", ""]
+                print(f"{name:32} {contender:14} {speed:12.1f} {clock:>17} {processor:>10}")
+            sys.stdout.flush()
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -77,7 +77,7 @@ def measure(name: str, peer: ModuleType | None, *, seconds: float, rounds: int) 
         agreement, difference = same(codec, batch, peer)
         result |= {"agreement": agreement, "difference": difference}
         if agreement < 0.999 or difference > 1e-3:
-            raise SystemExit(f"{name}: {agreement:.2%} of the ids are equal, audio differs by {difference:.1g}: nothing to compare")
+            raise SystemExit(f"{name}: {agreement:.2%} of the ids agree, audio differs by {difference:.1g}: nothing to compare")
         theirs = peer.encode(batch)
         contenders |= {"peer encode": lambda: peer.encode(batch), "peer decode": lambda: peer.decode(theirs)}
     timed = time_rounds(contenders, rounds)

@@ -257,7 +257,9 @@ class Tokenizer(nn.Module):
             raise TokensError(f"expected length= a whole number, or one for each of {count} items, got {length!r}")
         info = self._describe()
         if info.get("variable", "none") == "none" and info.get("max_tokens") is None:
-            raise TokensError(f"{self.name or self.architecture} has a fixed rate: its tokens follow the media, without length=")
+            raise TokensError(
+                f"{self.name or self.architecture} has a fixed rate, its tokens follow the media: leave out length="
+            )
         limit = len(info["codebook_sizes"]) if info.get("variable") == "codebooks" else info.get("max_tokens")
         lowest = limit if info.get("variable", "none") == "none" else 1
         for n in budgets:

@@ -82,17 +82,17 @@ void parallel(int64_t count, const F& body) {
   });
 }
 
-// A packed codebook: [mean, dim][bias, panels * PANEL][panels][dim][PANEL], all float32; dim is the padded width.
+// A packed codebook: [bias, panels * PANEL][panels][dim][PANEL][mean, dim], all float32.
 struct Packed {
-  int64_t size, width, dim, panels;
-  float *mean, *bias, *codes;
+  int64_t size, dim, panels;
+  float *bias, *codes, *mean;
 
-  Packed(float* data, int64_t size, int64_t width)
-      : size(size), width(width), dim(padded(width)), panels((size + PANEL - 1) / PANEL), mean(data), bias(mean + dim),
-        codes(bias + panels * PANEL) {}
+  Packed(float* data, int64_t size, int64_t dim)
+      : size(size), dim(dim), panels((size + PANEL - 1) / PANEL), bias(data), codes(bias + panels * PANEL),
+        mean(codes + panels * dim * PANEL) {}
 
-  static int64_t floats(int64_t size, int64_t width) {
-    const Packed shape(nullptr, size, width);
+  static int64_t floats(int64_t size, int64_t dim) {
+    const Packed shape(nullptr, size, dim);
     return shape.dim + shape.panels * PANEL * (1 + shape.dim);
   }
   int64_t panels_per_block() const { return std::max<int64_t>(1, CODE_BLOCK_BYTES / (dim * PANEL * 4)); }
@@ -163,7 +163,7 @@ struct Tiles {
   void fill(const float* x, int64_t rows_given, const Packed& packed) {
     count = rows_given;
     for (int64_t n = 0; n < count; n += isa.rows)
-      isa.pack(x + n * packed.width, rows(n), packed.width, dim, packed.mean, data.get() + n * dim, broken.get() + n);
+      isa.pack(x + n * dim, rows(n), dim, packed.mean, data.get() + n * dim, broken.get() + n);
   }
   // Over panels [first, last), into the results of padded_rows(count) rows.
   void scan(const Packed& packed, int64_t first, int64_t last, float* best, int32_t* where) const {
@@ -230,7 +230,7 @@ void search_few(const float* x, int64_t count, const Packed& packed, int64_t* id
   for (int64_t n = 0; n < count; ++n) {
     float check = 0;
     for (int64_t d = 0; d < packed.dim; ++d) {
-      const float value = d < packed.width ? x[n * packed.width + d] - packed.mean[d] : 0.f;
+      const float value = x[n * packed.dim + d] - packed.mean[d];
       rows[n * packed.dim + d] = value;
       check += value * 0.f;
     }
@@ -268,7 +268,7 @@ void search_all(const float* x, int64_t count, const Packed& packed, int64_t* id
   const int64_t step = rows_per_block(count, packed.dim);
   parallel((count + step - 1) / step, [&](int64_t block) {
     const int64_t first = block * step, rows = std::min(step, count - first);
-    Tiles(rows, packed.dim).search_all(x + first * packed.width, rows, packed, ids + first);
+    Tiles(rows, packed.dim).search_all(x + first * packed.dim, rows, packed, ids + first);
     done(first, rows);
   });
 }
@@ -353,7 +353,7 @@ std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<
                              width);
     }
   };
-  const int64_t dim = padded(width), step = rows_per_block(count, dim);
+  const int64_t step = rows_per_block(count, width);
   if (count < search().rows * torch::stable::get_num_threads()) {
     quantize_rows(0, count, [&](const float* residual, const Packed& codes, int64_t* found) {
       search_all(residual, count, codes, found, [](int64_t, int64_t) {});
@@ -361,7 +361,7 @@ std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<
   } else {
     parallel((count + step - 1) / step, [&](int64_t block) {
       const int64_t first = block * step, rows = std::min(step, count - first);
-      Tiles tiles(rows, dim);
+      Tiles tiles(rows, width);
       quantize_rows(first, rows, [&](const float* residual, const Packed& codes, int64_t* found) {
         tiles.search_all(residual, rows, codes, found);
       });

@@ -39,11 +39,10 @@ inline void store(int32_t* p, Ints v) { *reinterpret_cast<IntsUnaligned*>(p) = v
 inline Vec splat(float value) { return value - Vec{}; }
 inline Ints splat(int32_t value) { return value - Ints{}; }
 
-// Adds dims [from, to) of a tile times GROUP codes to their sums. DIM is to - from where that is known.
-template <int DIM>
+// Adds dims [from, to) of a tile times GROUP codes to their sums.
 inline __attribute__((always_inline)) void accumulate(const float* tile, const float* codes, int64_t from, int64_t to,
                                                       Vec (&sums)[ROW_VECTORS][GROUP]) {
-  const auto step = [&](int64_t d) __attribute__((always_inline)) {
+  for (int64_t d = from; d < to; ++d) {
     Vec rows[ROW_VECTORS];
 #pragma GCC unroll 4
     for (int r = 0; r < ROW_VECTORS; ++r) rows[r] = load(tile + d * ROWS + r * LANES);
@@ -53,12 +52,6 @@ inline __attribute__((always_inline)) void accumulate(const float* tile, const f
 #pragma GCC unroll 4
       for (int r = 0; r < ROW_VECTORS; ++r) sums[r][j] = rows[r] * code + sums[r][j];
     }
-  };
-  if constexpr (DIM > 0) {
-#pragma GCC unroll 16
-    for (int64_t d = 0; d < DIM; ++d) step(d);
-  } else {
-    for (int64_t d = from; d < to; ++d) step(d);
   }
 }
 
@@ -102,8 +95,7 @@ struct Leaders {
   }
 };
 
-template <int DIM>
-void scan_width(const float* tile, const float* panels, const float* bias, int64_t dim, int64_t first, int64_t last, float* best,
+void scan_whole(const float* tile, const float* panels, const float* bias, int64_t dim, int64_t first, int64_t last, float* best,
                 int32_t* where) {
   Leaders leaders(best, where);
   for (int64_t panel = first; panel < last; ++panel) {
@@ -112,7 +104,7 @@ void scan_width(const float* tile, const float* panels, const float* bias, int64
     for (int g = 0; g < PANEL; g += GROUP) {
       Vec sums[ROW_VECTORS][GROUP];
       start_at(bias + panel * PANEL + g, sums);
-      accumulate<DIM>(tile, panels + panel * dim * PANEL + g, 0, dim, sums);
+      accumulate(tile, panels + panel * dim * PANEL + g, 0, dim, sums);
       reduce(sums, top);
     }
     leaders.meet(top, panel);
@@ -145,7 +137,7 @@ void scan_slices(const float* tile, const float* panels, const float* bias, int6
 #pragma GCC unroll 4
               for (int r = 0; r < ROW_VECTORS; ++r) sums[r][j] = load(saved + (j * ROW_VECTORS + r) * LANES);
           }
-          accumulate<0>(tile, panels + panel * dim * PANEL + g, from, to, sums);
+          accumulate(tile, panels + panel * dim * PANEL + g, from, to, sums);
           if (slice + 1 < slices) {
 #pragma GCC unroll 16
             for (int j = 0; j < GROUP; ++j)
@@ -164,33 +156,26 @@ void scan_slices(const float* tile, const float* panels, const float* bias, int6
 
 void scan(const float* tile, const float* panels, const float* bias, int64_t dim, int64_t first, int64_t last, float* best,
           int32_t* where) {
-  switch (dim) {
-    case 4: return scan_width<4>(tile, panels, bias, dim, first, last, best, where);
-    case 8: return scan_width<8>(tile, panels, bias, dim, first, last, best, where);
-    case 12: return scan_width<12>(tile, panels, bias, dim, first, last, best, where);
-    case 16: return scan_width<16>(tile, panels, bias, dim, first, last, best, where);
-  }
-  const auto search = dim > DEEP ? scan_slices : scan_width<0>;
+  const auto search = dim > DEEP ? scan_slices : scan_whole;
   search(tile, panels, bias, dim, first, last, best, where);
 }
 
-// Packs rows [count][width], count up to ROWS, into a tile [dim][ROWS], less the mean. Padding is zero.
-void pack(const float* x, int64_t count, int64_t width, int64_t dim, const float* mean, float* tile, bool* broken) {
+// Packs rows [count][dim], count up to ROWS, into a tile [dim][ROWS], less the mean. Missing rows are zero.
+void pack(const float* x, int64_t count, int64_t dim, const float* mean, float* tile, bool* broken) {
   Vec check[ROW_VECTORS] = {};
   for (int r = 0; r < ROW_VECTORS; ++r) {
     const int64_t here = count - r * LANES < LANES ? count - r * LANES : LANES;
-    const float* rows = x + r * LANES * width;
-    for (int64_t d = 0; d < width; ++d) {
+    const float* rows = x + r * LANES * dim;
+    for (int64_t d = 0; d < dim; ++d) {
       Vec value = splat(0.f);
       if (here == LANES) {
-        value = strided(rows + d, width) - splat(mean[d]);
+        value = strided(rows + d, dim) - splat(mean[d]);
       } else {
-        for (int64_t i = 0; i < here; ++i) value[i] = rows[i * width + d] - mean[d];
+        for (int64_t i = 0; i < here; ++i) value[i] = rows[i * dim + d] - mean[d];
       }
       store(tile + d * ROWS + r * LANES, value);
       check[r] += value * splat(0.f);
     }
-    for (int64_t d = width; d < dim; ++d) store(tile + d * ROWS + r * LANES, splat(0.f));
   }
   for (int n = 0; n < ROWS; ++n) broken[n] = !(check[n / LANES][n % LANES] == 0.f);
 }

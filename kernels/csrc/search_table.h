@@ -27,8 +27,8 @@ struct SearchTable {
   int lanes;
   // Rows in a tile.
   int rows;
-  // Rows [count][width], at most a tile of them, into a tile [dim][rows] less the mean; which rows are not finite.
-  void (*pack)(const float* x, int64_t count, int64_t width, int64_t dim, const float* mean, float* tile, bool* broken);
+  // Rows [count][dim], at most a tile of them, into a tile [dim][rows] less the mean; which rows are not finite.
+  void (*pack)(const float* x, int64_t count, int64_t dim, const float* mean, float* tile, bool* broken);
   // Largest score of each row of a tile over panels [first, last), into best and where, which hold the result so far.
   void (*scan)(const float* tile, const float* panels, const float* bias, int64_t dim, int64_t first, int64_t last, float* best,
                int32_t* where);
@@ -51,8 +51,5 @@ struct SearchTable {
   // Signs of lookup-free quantization, times `high`, and the signs as bits.
   void (*lfq)(const float* x, int64_t count, int64_t dim, float high, float* codes, int64_t* ids);
 };
-
-// Padded width: small widths are rounded up, so that their loops have a length known to the compiler.
-inline int64_t padded(int64_t dim) { return dim <= 16 ? (dim + 3) / 4 * 4 : dim; }
 
 }  // namespace tokenzoo

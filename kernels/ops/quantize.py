@@ -120,8 +120,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, 
 def _backward(ctx: Any, grad_vectors: Tensor, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
     x, codebook, ids, vectors = ctx.saved_tensors
     pull = (x.float() - vectors) * (2 * grad_loss / max(1, x.numel()))
-    to_entries = torch.zeros_like(codebook, dtype=torch.float32)
-    to_entries.index_add_(0, ids.reshape(-1), (grad_vectors - pull).reshape(-1, x.shape[-1]))
+    to_entries = torch.ops.tokenzoo.code_totals(grad_vectors - pull, ids, len(codebook))
     return (grad_vectors + pull).to(x.dtype), to_entries.to(codebook.dtype), None
 
 

@@ -90,14 +90,14 @@ def _projected(x: Tensor, codebooks: Tensor, projections: Projections, metric: s
     out_stacked = out_weight.permute(0, 2, 1).reshape(stages * narrow, wide)
     offset = torch.einsum("qdw,qw->qd", in_weight, out_bias.cumsum(0) - out_bias)
     inputs = rows @ in_weight.reshape(stages * narrow, wide).T + (in_bias - offset).reshape(-1)
-    codes, ids = rows.new_empty(len(rows), stages * narrow), []
+    codes, ids = rows.new_empty(rows.shape[0], stages * narrow), []
     for q in range(stages):
         done = q * narrow
         narrowed = inputs[:, done : done + narrow] - codes[:, :done] @ (out_stacked[:done] @ in_weight[q].T)
         ids.append(nearest(narrowed, entries[q], metric=metric))
         codes[:, done : done + narrow] = entries[q][ids[-1]]
     vectors = codes @ out_stacked + out_bias.sum(0)
-    chosen = torch.stack(ids, -1) if ids else torch.zeros(len(rows), 0, dtype=torch.long, device=x.device)
+    chosen = torch.stack(ids, -1) if ids else torch.zeros(rows.shape[0], 0, dtype=torch.long, device=x.device)
     return ResidualQuantized(chosen.reshape(*x.shape[:-1], stages), vectors.reshape(x.shape))
 
 

@@ -47,7 +47,6 @@ CALLS = {
     "lfq_codes": (6, lambda x: lfq_codes(ids_of(x), 6)),
     "lookup": (6, lambda x: lookup(ids_of(x), CODEBOOK)),
 }
-FIXED = {"projected_residual_quantize"}  # its graph is made for one number of vectors
 
 
 class Call(torch.nn.Module):
@@ -72,10 +71,10 @@ def test_export_and_compile(name):
     dim, function = CALLS[name]
     module = Call(function).eval()
     with torch.no_grad():
-        rows = torch.export.Dim.STATIC if name in FIXED else torch.export.Dim("rows", min=2, max=4096)
+        rows = torch.export.Dim("rows", min=2, max=4096)
         program = torch.export.export(module, (torch.randn(10, dim),), dynamic_shapes={"x": {0: rows}}).module()
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        for count in (10,) if name in FIXED else (10, 33):
+        for count in (10, 33):
             x = torch.randn(count, dim)
             agree(program(x), module(x))
         agree(compiled(x), module(x))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokenzoo.card import Card
     from tokenzoo.convert import convert
     from tokenzoo.loading import info, list_models, load
+    from tokenzoo.survey import complexity
     from tokenzoo.tokenizers import Tokenizer, TokenizerError, Tokens, TokenSpec
 
 __version__ = "0.1.0"
@@ -25,13 +26,14 @@ _WHERE = {
     "TokenizerError": "tokenzoo.tokenizers",
     "TokenSpec": "tokenzoo.tokenizers",
     "Tokens": "tokenzoo.tokenizers",
+    "complexity": "tokenzoo.survey",
     "convert": "tokenzoo.convert",
     "info": "tokenzoo.loading",
     "list_models": "tokenzoo.loading",
     "load": "tokenzoo.loading",
 }
 
-__all__ = ["Card", "TokenSpec", "Tokenizer", "TokenizerError", "Tokens", "convert", "info", "list_models", "load"]
+__all__ = ["Card", "TokenSpec", "Tokenizer", "TokenizerError", "Tokens", "complexity", "convert", "info", "list_models", "load"]
 
 
 def __getattr__(name: str) -> Any:

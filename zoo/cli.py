@@ -1,4 +1,4 @@
-"""The command line: `tokenzoo list | info | encode | decode | roundtrip | convert | train | demo`.
+"""The command line: `tokenzoo list | info | encode | decode | roundtrip | complexity | convert | train | demo`.
 
 Exit codes: 0 all went well; 1 some files failed, the rest is done; 2 nothing could be done; 130 interrupted.
 """
@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tokenzoo.reporting import Row, err, out, places, print_json, print_rows, run_files
+from tokenzoo.reporting import Row, err, out, places, print_json, print_rows, run_files, work_through
 
 if TYPE_CHECKING:
     from tokenzoo.tokenizers import Tokenizer, Tokens
@@ -199,6 +199,54 @@ def roundtrip(
         return rows
 
     run_files([file for file, _ in files], work, at_once=1, as_json=as_json)
+
+
+@_command("complexity")
+def complexity(
+    inputs: Inputs,
+    output: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("complexity.html"),
+    model: Model = DEFAULT_MODEL,
+    target: Target = None,
+    show: Annotated[int, typer.Option(min=1, help="Pictures to show at each end of the report.")] = 12,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Count the tokens that each picture takes to reach a quality, and write a report."""
+    from tokenzoo import load, media
+    from tokenzoo.survey import TARGET, Survey, limit_of, measure, thumbnails
+    from tokenzoo.survey_page import page, summary
+    from tokenzoo.tokenizers.errors import MediaError
+    from tokenzoo.tokenizers.files import write_atomically
+
+    tokenizer = load(model, device=device)
+    qualities = _parse_target(target) or TARGET
+    files = [file for file, _ in media.find(inputs, "image")]
+    survey = Survey(tokenizer.name or model, qualities, *limit_of(tokenizer), asked=len(files))
+    interrupted = False
+    try:
+        # One by one on a CPU, which encodes so anyway: a file that fails costs no other its work.
+        at_once = 1 if tokenizer.device.type == "cpu" else FILES_AT_ONCE
+        for pictures, failed in work_through(files, lambda batch: measure(tokenizer, batch, qualities), at_once=at_once):
+            survey.pictures += pictures
+            survey.failed += [failure["reason"] for failure in failed]
+    except KeyboardInterrupt:
+        interrupted = True
+    for reason in survey.failed:
+        err.print(f"[bold red]failed:[/] {escape(reason)}", soft_wrap=True)
+    if survey.pictures:
+        write_atomically(output, page(survey, functools.partial(thumbnails, tokenizer), show=show).encode())
+        if as_json:
+            rows = [{"file": str(p.file), "length": p.length, "met": p.met} for p in survey.pictures]
+            print_json({"summary": summary(survey), "pictures": rows, "failed": survey.failed, "report": str(output)})
+        else:
+            print_rows([summary(survey)])
+            out.print(f"report: {output}", soft_wrap=True, highlight=False)
+    if interrupted:
+        raise KeyboardInterrupt
+    if not survey.pictures:
+        raise MediaError(f"none of {len(files)} files could be read")
+    if survey.failed:
+        raise typer.Exit(1)
 
 
 @_command("convert")

@@ -2,9 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,8 +15,29 @@ from rich.table import Table
 from tokenzoo.tokenizers.errors import MediaError, TokenizerError
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 out, err = Console(), Console(stderr=True)
+
+
+def work_through(
+    files: Sequence[Path], work: Callable[[Sequence[Path]], list[T]], *, at_once: int
+) -> Iterator[tuple[list[T], list[Row]]]:
+    """Works through files in batches under a progress bar: what came of each batch, and which files failed, with the reason.
+
+    Args:
+        files: What to work on.
+        work: Does a batch and returns one result per file; a batch that fails is done again file by file.
+        at_once: Files in a batch.
+    """
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=len(files))
+        for start in range(0, len(files), at_once):
+            done: list[T] = []
+            failed: list[Row] = []
+            _try(work, files[start : start + at_once], done, failed)
+            yield done, failed
+            bar.advance(task, at_once)
 
 
 def run_files(files: Sequence[Path], work: Callable[[Sequence[Path]], list[Row]], *, at_once: int, as_json: bool) -> None:
@@ -33,15 +54,9 @@ def run_files(files: Sequence[Path], work: Callable[[Sequence[Path]], list[Row]]
     """
     rows: list[Row] = []
     failed: list[Row] = []
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", total=len(files))
-        for start in range(0, len(files), at_once):
-            for batch in _try(work, files[start : start + at_once]):
-                if isinstance(batch, list):
-                    rows += batch
-                else:
-                    failed.append(batch)
-            bar.advance(task, at_once)
+    for done, not_done in work_through(files, work, at_once=at_once):
+        rows += done
+        failed += not_done
     if as_json:
         print_json({"done": rows, "failed": failed})
     elif rows:
@@ -52,14 +67,16 @@ def run_files(files: Sequence[Path], work: Callable[[Sequence[Path]], list[Row]]
         raise typer.Exit(1 if rows else 2)
 
 
-def _try(work: Callable[[Sequence[Path]], list[Row]], files: Sequence[Path]) -> list[list[Row] | Row]:
-    """Rows of the whole batch, or of each file by itself with the reason where it failed."""
+def _try(work: Callable[[Sequence[Path]], list[T]], files: Sequence[Path], done: list[T], failed: list[Row]) -> None:
+    """Does the whole batch, or each file by itself, noting the reason where that failed."""
     try:
-        return [work(files)]
+        done += work(files)
     except (TokenizerError, OSError) as error:
         if len(files) == 1:
-            return [{"file": str(files[0]), "reason": _named(files[0], error)}]
-    return [part for file in files for part in _try(work, [file])]
+            failed.append({"file": str(files[0]), "reason": _named(files[0], error)})
+            return
+        for file in files:
+            _try(work, [file], done, failed)
 
 
 def _named(file: Path, error: Exception) -> str:

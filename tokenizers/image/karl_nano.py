@@ -59,9 +59,10 @@ class Halting(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-0.4))
         self.image = nn.Linear(num_details, dim)
         self.prefix = nn.Linear(4, dim)
-        self.correction = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
-        nn.init.zeros_(self.correction[-1].weight)
-        nn.init.zeros_(self.correction[-1].bias)
+        last = nn.Linear(dim, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.correction = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), last)
 
     def forward(self, left_BN: Tensor, details: Tensor, asked: Tensor) -> Tensor:
         """Logits `[B, N]`.

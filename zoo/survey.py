@@ -132,10 +132,14 @@ def limit_of(tokenizer: Tokenizer) -> tuple[int, str]:
 
 
 def thumbnails(tokenizer: Tokenizer, picture: Measured) -> tuple[bytes, bytes]:
-    """A picture and what its tokens decode to, as JPEGs of at most `THUMBNAIL` pixels."""
+    """A picture and what its tokens decode to, in its proportions, as JPEGs of at most `THUMBNAIL` pixels."""
     original = read_image(picture.file)
-    decoded: Tensor = tokenizer.decode(picture.tokens, native=True)[0]
-    return _jpeg(to_pil(original) if isinstance(original, Tensor) else original), _jpeg(to_pil(decoded))
+    decoded = to_pil(tokenizer.decode(picture.tokens, native=True)[0])
+    height, width = picture.tokens.meta[0].get("size", (decoded.height, decoded.width))
+    scale = THUMBNAIL / max(height, width)
+    shape = (max(1, round(scale * width)), max(1, round(scale * height)))
+    whole = to_pil(original) if isinstance(original, Tensor) else original
+    return _jpeg(whole), _jpeg(decoded.resize(shape, Image.Resampling.BICUBIC))
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -24,7 +24,7 @@ h1 { font-size: 26px; line-height: 1.2; margin: 0 0 6px; }
 h2 { font-size: 18px; margin: 40px 0 4px; }
 p { margin: 0 0 12px; color: var(--soft); max-width: 70ch; }
 p b { color: var(--ink); font-weight: 600; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 12px; margin: 24px 0 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(132px, 22%), 1fr)); gap: 12px; margin: 24px 0 0; }
 dl div, figure, .plot { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 dl div { padding: 10px 14px; }
 dt { color: var(--soft); font-size: 13px; }
@@ -59,7 +59,7 @@ def page(survey: Survey, thumbnails: Thumbnails, *, show: int) -> str:
     ordered, unit = survey.ordered, survey.unit
     shown = min(show, (len(ordered) + 1) // 2)
     simplest, most_complex = ordered[:shown], ordered[max(shown, len(ordered) - shown) :][::-1]
-    target = ", ".join(f"{name} {value:g}" for name, value in survey.target.items())
+    target = ", ".join(f"{name} = {value:g}" for name, value in survey.target.items())
     title = f"How many {unit} {len(ordered):,} picture{'s' * (len(ordered) > 1)} take"
     parts = [
         f"<h1>{title}</h1>",
@@ -103,7 +103,7 @@ def _interrupted(survey: Survey) -> str:
 def _numbers(survey: Survey) -> str:
     total = sum(picture.length for picture in survey.pictures)
     share = total / (survey.limit * len(survey.pictures))
-    values = {**summary(survey), f"of all {survey.unit}": f"{share:.0%}"}
+    values = {**summary(survey), "of the full length": f"{share:.0%}"}
     cells = (f"<div><dt>{name}</dt><dd>{_number(value)}</dd></div>" for name, value in values.items())
     return f"<dl>{''.join(cells)}</dl>"
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from tokenzoo.registry import cards
+from tokenzoo.tokenizers.spec import Modality
 
 ROOT = Path(__file__).parents[1]
 NANO = "one_d_piece_nano.photos"
@@ -21,14 +22,22 @@ KERNELS = runpy.run_path(str(ROOT / "kernels" / "benchmarks" / "tables.py"))
 
 
 def models() -> str:
-    """One row per card."""
-    lines = ["| name | size | licence of the weights | commercial use |", "|---|---|---|---|"]
-    for card in cards().values():
-        size = "bundled" if card.bundled else f"{card.size_mb:,.0f} MB" if card.size_mb else "not known"
-        lines.append(
-            f"| [`{card.name}`](cards/{card.name}.md) | {size} | {card.license} | {'yes' if card.commercial else 'no'} |"
-        )
-    return "\n".join(lines)
+    """For every modality a table that folds away, one row per card."""
+    parts = []
+    for modality in get_args(Modality):
+        found = [card for card in cards().values() if card.modality == modality]
+        if not found:
+            continue
+        architectures = dict.fromkeys(card.architecture for card in found)
+        parts += [f"<details><summary>{modality}: {len(found)} checkpoints of {', '.join(architectures)}</summary>", ""]
+        parts += ["| name | size | licence of the weights | commercial use |", "|---|---|---|---|"]
+        for card in found:
+            size = "bundled" if card.bundled else f"{card.size_mb:,.0f} MB" if card.size_mb else "not known"
+            parts.append(
+                f"| [`{card.name}`](cards/{card.name}.md) | {size} | {card.license} | {'yes' if card.commercial else 'no'} |"
+            )
+        parts += ["", "</details>", ""]
+    return "\n".join(parts).strip()
 
 
 def nano() -> str:

@@ -130,19 +130,8 @@ def test_the_cache_follows_the_codebook(lane):
         assert torch.equal(nearest(x, inference, cache=cache), nearest(x, inference))
 
 
-def test_compiled_and_exported_graphs_hold_it_whole(lane):
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.codebook = torch.nn.Parameter(torch.randn(40, 8))
-
-        def forward(self, x):
-            return nearest(x * 2, self.codebook, metric="cosine") + 1
-
-    model, x = Model(), torch.randn(4, 5, 8)
-    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
-    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
-    torch.library.opcheck(torch.ops.tokenzoo.nearest.default, (x, model.codebook.detach(), "l2"))
+def test_the_registered_operator_is_sound(lane):
+    torch.library.opcheck(torch.ops.tokenzoo.nearest.default, (torch.randn(4, 5, 8), torch.randn(40, 8), "l2"))
 
 
 @pytest.mark.parametrize(

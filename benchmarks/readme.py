@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from tokenzoo.registry import cards
 from tokenzoo.tokenizers.spec import Modality

@@ -147,3 +147,25 @@ def test_bundled_recipes_name_what_they_train(name):
     if plan.teacher:
         assert plan.teacher == Recipe.read("maskgit_vqgan_nano").output + "/averaged"
         tok.learn_from(VQGAN(VQGANConfig.from_dict(Recipe.read("maskgit_vqgan_nano").config)))
+
+
+def test_weights_are_inherited_where_name_and_shape_agree(recipe, tmp_path):
+    parent = load(str(train(recipe)))
+    config = {**recipe.config, "num_tokens": 8, "halting_dim": 8}
+    child = replace(
+        recipe, architecture="karl_nano", config=config, inherit=str(tmp_path / "run/averaged"), output=str(tmp_path / "child")
+    )
+    grown = load(str(train(replace(child, steps=1, learning_rate=0.0, eval_lengths=()))))
+    for name, tensor in parent.state_dict().items():
+        if name.startswith(("refiner.", "length_embedding.")):
+            assert torch.equal(grown.state_dict()[name], tensor)
+    assert grown.code.scales.shape == (4, 8, 4)
+    assert not torch.equal(grown.code.codebook, torch.zeros_like(grown.code.codebook))
+
+
+def test_nothing_to_inherit_is_refused(recipe, tmp_path):
+    VQGAN(VQGANConfig.from_dict(Recipe.read("maskgit_vqgan_nano").config)).eval().save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="no weights in common"):
+        train(replace(recipe, inherit=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match="only beside architecture"):
+        replace(recipe, architecture="", start="x", inherit="y")

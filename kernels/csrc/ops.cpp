@@ -95,7 +95,9 @@ struct Packed {
     const Packed shape(nullptr, size, dim);
     return shape.dim + shape.panels * PANEL * (1 + shape.dim);
   }
-  int64_t panels_per_block() const { return std::max<int64_t>(1, CODE_BLOCK_BYTES / (dim * PANEL * 4)); }
+  int64_t panels_per_block() const {
+    return dim > DEEP ? DEEP_PANELS : std::max<int64_t>(1, CODE_BLOCK_BYTES / (dim * PANEL * 4));
+  }
 };
 
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }

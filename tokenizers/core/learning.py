@@ -39,6 +39,13 @@ class Learning:
             raise ValueError(f"expected no negative value, got {self}")
 
 
+def keep_in_use(*, kmeans_iterations: int, restart_after: int) -> Learning | None:
+    """The `Learning` of a config that may ask for k-means and restarts: `None`, which adds no buffers, if both are 0."""
+    if not (kmeans_iterations or restart_after):
+        return None
+    return Learning(kmeans_iterations=kmeans_iterations, restart_after=restart_after or None)
+
+
 class CodebookLearner(nn.Module):
     """Carries out a `Learning` for one codebook. It has exactly those buffers that its `Learning` needs.
 

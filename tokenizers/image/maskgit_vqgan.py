@@ -21,7 +21,7 @@ from tokenzoo.encoders.maskgit_vqgan import PixelDecoder, PixelEncoder
 from tokenzoo.tokenizers import Codes, Output, Tokenizer, TokenizerConfig, TokensError
 from tokenzoo.tokenizers.adapter import Adapter
 from tokenzoo.tokenizers.images import Images
-from tokenzoo.tokenizers.learning import Learning
+from tokenzoo.tokenizers.learning import keep_in_use
 from tokenzoo.tokenizers.quality import psnr
 from tokenzoo.tokenizers.quantizers import VectorQuantizer
 from tokenzoo.tokenizers.spec import Modality
@@ -84,15 +84,12 @@ class VQGAN(Tokenizer):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config, Images(config.image_size))
         shape = (config.dim, config.channels, config.multipliers, config.blocks)
-        learned = config.kmeans_iterations or config.restart_after
         self.encoder = PixelEncoder(*shape)
         self.quantizer = VectorQuantizer(
             config.codebook_size,
             config.dim,
             commitment=config.commitment,
-            learning=Learning(kmeans_iterations=config.kmeans_iterations, restart_after=config.restart_after or None)
-            if learned
-            else None,
+            learning=keep_in_use(kmeans_iterations=config.kmeans_iterations, restart_after=config.restart_after),
         )
         self.decoder = PixelDecoder(*shape)
 

@@ -31,7 +31,7 @@ from tokenzoo.encoders.vqgan import ConvEncoder, StyledDecoder
 from tokenzoo.tokenizers import Codes, ConfigError, Output, Tokenizer, TokenizerConfig
 from tokenzoo.tokenizers.adapter import Adapter
 from tokenzoo.tokenizers.images import Images
-from tokenzoo.tokenizers.learning import Learning
+from tokenzoo.tokenizers.learning import keep_in_use
 from tokenzoo.tokenizers.quality import psnr
 from tokenzoo.tokenizers.quantizers import VectorQuantizer
 from tokenzoo.tokenizers.spec import Modality
@@ -62,7 +62,7 @@ class ReToKConfig(TokenizerConfig):
         kmeans_iterations: Rounds of k-means by which the first training batch sets the codebook; 0 for a random start.
         restart_after: Training steps after which a code that nothing chose is set to a vector of the batch; 0 for never.
         direct_until: Share of the training, from its start, in which the convolutions are also trained without tokens between
-            them, and the features that come out of the tokens to equal those that went in.
+            them, and the features that come out of the tokens to point where those that went in do.
         alignment_network: timm network whose patch features training aligns the decoder with; empty for none.
         alignment_dim: Width of those features.
         alignment_layer: Layer of the decoder, from 1, that is aligned.
@@ -278,7 +278,7 @@ class ReToK(Tokenizer):
             metric="cosine",
             commitment=config.commitment,
             gradient="rotation",
-            learning=_learning(config),
+            learning=keep_in_use(kmeans_iterations=config.kmeans_iterations, restart_after=config.restart_after),
         )
         self.quantizer.codebook.data = F.normalize(self.quantizer.codebook.data, dim=-1)
         self.features: Callable[[Tensor], Tensor] | None = None
@@ -319,7 +319,7 @@ class ReToK(Tokenizer):
         metrics = {"psnr": psnr(reconstruction.detach().clamp(0, 1), batch).mean(), "codes_used": used}
         if self.training and progress < self.config.direct_until:
             losses["direct"] = F.mse_loss(self._paint(features).float(), batch.float())
-            losses["features"] = F.mse_loss(decoded.float(), features.detach().float())
+            losses["features"] = 1 - F.cosine_similarity(decoded.float(), features.detach().float(), dim=1).mean()
         if self.alignment is not None:
             distance = self._alignment_distance(self.alignment(tapped), batch)
             total = self.config.num_tokens + self.config.num_padding
@@ -345,13 +345,6 @@ class ReToK(Tokenizer):
             network = self.config.alignment_network
             raise ConfigError(f"expected features {tuple(projected.shape)} of {network}, got {tuple(wanted.shape)}")
         return 1 - F.cosine_similarity(projected.float(), wanted.float(), dim=-1).mean()
-
-
-def _learning(config: ReToKConfig) -> Learning | None:
-    """What keeps the codebook in use; `None` as published, which adds nothing to the state dict."""
-    if not (config.kmeans_iterations or config.restart_after):
-        return None
-    return Learning(kmeans_iterations=config.kmeans_iterations, restart_after=config.restart_after or None)
 
 
 def _projector(dim: int, out_dim: int) -> nn.Sequential:

@@ -36,9 +36,10 @@ class CausalTransformer(Streamed):
             return x
         x_BTD = x.mT
         num_frames = x_BTD.shape[1]
-        seen, pasts = (0, [None] * len(self.layers)) if state is None else state.get(self, (0, [None] * len(self.layers)))
+        pasts: list[tuple[Tensor, Tensor] | None]
+        seen, pasts = (state or {}).get(self, (0, [None] * len(self.layers)))
         rotation = self._rotation(seen, num_frames, x)
-        before = 0 if pasts[0] is None else pasts[0][0].shape[2]
+        before = min(seen, self.context - 1)
         mask = self._mask(before, num_frames, x.device)
         for i, layer in enumerate(self.layers):
             x_BTD, past = layer(x_BTD, rotation, mask, pasts[i])

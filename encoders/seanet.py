@@ -65,12 +65,14 @@ class SEANet:
             layers += [nn.ELU(inplace=True), up, self._unit(width)]
         return Chain([*layers, nn.ELU(inplace=True), self._conv(width, self.channels, self.last_kernel)])
 
-    def _conv(self, inside: int, outside: int, kernel: int, stride: int = 1) -> nn.Module:
-        return Conv1d(inside, outside, kernel, stride=stride, causal=self.causal, pad_mode=self.pad_mode, norm=self.norm)
+    def _conv(self, inside: int, outside: int, kernel: int, stride: int = 1, elu: bool = False) -> nn.Module:
+        return Conv1d(
+            inside, outside, kernel, stride=stride, causal=self.causal, pad_mode=self.pad_mode, norm=self.norm, elu=elu
+        )
 
     def _unit(self, width: int) -> nn.Module:
-        narrow = self._conv(width, width // 2, self.residual_kernel)
-        block = Chain([nn.ELU(), narrow, nn.ELU(inplace=True), self._conv(width // 2, width, 1)])
+        narrow = self._conv(width, width // 2, self.residual_kernel, elu=True)
+        block = Chain([nn.Identity(), narrow, nn.ELU(inplace=True), self._conv(width // 2, width, 1)])
         return Residual(block, self._conv(width, width, 1) if self.conv_shortcut else None)
 
     def _lstm(self, width: int) -> list[nn.Module]:

@@ -112,7 +112,8 @@ def seed_noise(decoder: Chain, num_frames: int, seed: int) -> State:
         num_frames: What it is about to decode.
         seed: Of the generator.
     """
-    generator, state, steps = torch.Generator().manual_seed(seed), {}, num_frames
+    state: State = {}
+    generator, steps = torch.Generator().manual_seed(seed), num_frames
     for layer in decoder.modules():
         if isinstance(layer, ConvTranspose1d):
             steps *= layer.stride[0]

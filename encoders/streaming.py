@@ -52,7 +52,7 @@ class Residual(Streamed):
             waiting = state.get(self)
             x = x if waiting is None else torch.cat([waiting, x], -1)
             x, state[self] = x[..., : y.shape[-1]], x[..., y.shape[-1] :]
-        return self.shortcut(x) + y
+        return y.add_(self.shortcut(x))
 
 
 class _Past(NamedTuple):
@@ -82,6 +82,7 @@ class Conv1d(nn.Conv1d, Streamed):
         causal: Whether an output may see no later input.
         pad_mode: What stands beyond both ends.
         norm: Whether a GroupNorm over all channels and steps follows; such a layer takes whole signals only.
+        elu: Whether ELU comes first; this saves a pass over the input, which is copied for padding anyway.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Conv1d(nn.Conv1d, Streamed):
         causal: bool = False,
         pad_mode: PadMode = "constant",
         norm: bool = False,
+        elu: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, dilation=dilation, groups=groups, bias=bias)
         self.pad_mode = pad_mode
@@ -105,8 +107,9 @@ class Conv1d(nn.Conv1d, Streamed):
         self.right = 0 if causal else padding // 2
         self.left = padding - self.right
         self.norm = nn.GroupNorm(1, out_channels) if norm else None
+        self.elu = elu
 
-    def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:
         """`[B, C, T]` to `[B, C', ceil(T / stride)]`."""
         if state is None:
             return self._whole(x)
@@ -118,7 +121,10 @@ class Conv1d(nn.Conv1d, Streamed):
         right = self.right + -x.shape[-1] % self.stride[0]
         if not x.shape[-1]:
             return self._nothing(x)
-        if self.pad_mode == "constant" and self.left == right:
+        if self.elu:
+            padded = _pad(x, self.left, right, self.pad_mode)
+            y = self._convolve(F.elu(x) if padded is x else F.elu_(padded))
+        elif self.pad_mode == "constant" and self.left == right:
             y = F.conv1d(x, self.weight, self.bias, self.stride, right, self.dilation, self.groups)
         else:
             y = self._convolve(_pad(x, self.left, right, self.pad_mode))
@@ -126,16 +132,16 @@ class Conv1d(nn.Conv1d, Streamed):
 
     def _piece(self, x: Tensor, state: State, last: bool) -> Tensor:
         past = state.pop(self, None) or _Past(x[..., :0], 0, 0, False)
-        if last and not past.seen:
-            return self._whole(x)
+        if last and not past.begun:
+            return self._whole(torch.cat([past.buffer, x], -1) if past.seen else x)
         buffer, seen = torch.cat([past.buffer, x], -1), past.seen + x.shape[-1]
         if not past.begun:
-            if last:
-                return self._whole(buffer)
             if seen <= self._needed():
                 state[self] = _Past(buffer, 0, seen, False)
                 return self._nothing(x)
             buffer = _pad(buffer, self.left, 0, self.pad_mode)
+        if self.elu:  # what was there before has been through it
+            F.elu_(buffer[..., past.buffer.shape[-1] if past.begun else 0 :])
         if last:
             buffer = _pad(buffer, 0, self.right + -seen % self.stride[0], self.pad_mode)
         count = max(0, (buffer.shape[-1] - past.used - self.span) // self.stride[0] + 1)

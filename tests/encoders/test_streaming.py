@@ -32,8 +32,8 @@ def check(network, channels, length):
 @pytest.mark.parametrize(("causal", "pad_mode"), [*itertools.product([True, False], ["constant", "reflect", "replicate"])])
 def test_convolutions_in_pieces(causal, pad_mode):
     torch.manual_seed(0)
-    for kernel, stride, dilation in KERNELS:
-        conv = Conv1d(3, 4, kernel, stride=stride, dilation=dilation, causal=causal, pad_mode=pad_mode)
+    for i, (kernel, stride, dilation) in enumerate(KERNELS):
+        conv = Conv1d(3, 4, kernel, stride=stride, dilation=dilation, causal=causal, pad_mode=pad_mode, elu=i % 2 == 0)
         for length in LENGTHS:
             assert check(conv, 3, length).shape == (2, 4, -(-length // stride))
 
@@ -64,6 +64,18 @@ def test_a_reflection_longer_than_the_signal_is_that_of_the_signal_with_zeros_be
     nn.init.ones_(conv.weight)
     # 1 2 | with zeros behind: 0 0 2 | 1 2 0 0 | of which the first five and the reflection's head are seen
     torch.testing.assert_close(conv(torch.tensor([[[1.0, 2.0]]])), torch.tensor([[[5.0, 5.0]]]))
+
+
+def test_elu_before_a_convolution_leaves_its_input_alone():
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 20)
+    for kernel in (1, 3):
+        fused = Conv1d(3, 2, kernel, pad_mode="reflect", elu=True)
+        plain = Conv1d(3, 2, kernel, pad_mode="reflect")
+        plain.load_state_dict(fused.state_dict())
+        before = x.clone()
+        torch.testing.assert_close(fused(x), plain(nn.functional.elu(x)))
+        assert torch.equal(x, before)
 
 
 def test_causal_convolutions_hear_nothing_later():

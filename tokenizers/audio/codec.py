@@ -20,6 +20,7 @@ from tokenzoo.tokenizers.spec import Modality
 from tokenzoo.tokenizers.waveforms import Audio
 
 _ROUNDING = 1e-9
+_PIECES_TOGETHER = 30
 
 
 class Codec(Tokenizer):
@@ -38,8 +39,9 @@ class Codec(Tokenizer):
     """
 
     modality: ClassVar[Modality] = "audio"
-    piece: float = 4.0
+    piece: float = 1.0
     whole: str = ""
+    media: Audio
     encoder: Chain
     decoder: nn.Module
     quantizer: Any
@@ -108,7 +110,7 @@ class Codec(Tokenizer):
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
         del seed
         latents = self._feed(self.encoder, self._fill(batch), self._piece_frames * self.hop)
-        return self._codes(torch.cat([self.quantizer.ids(part.mT, length).mT for part in latents], -1))
+        return self._codes(torch.cat([self.quantizer.ids(part.mT, length).mT for part in _gathered(latents)], -1))
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         del extras
@@ -210,6 +212,18 @@ class Codec(Tokenizer):
             raise TokensError(f"{self.name or self.architecture} {self.whole}: stream with encodec_24khz or mimi instead")
         budgets = self._check_length(length, 1)
         return Stream(self, None if budgets is None else budgets[0])
+
+
+def _gathered(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Parts `[B, D, T]` joined in groups, since quantizers prepare their codebooks at every call."""
+    waiting: list[Tensor] = []
+    for part in parts:
+        waiting.append(part)
+        if len(waiting) == _PIECES_TOGETHER:
+            yield torch.cat(waiting, -1)
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting, -1)
 
 
 class Stream:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenzoo.encoders.snake import seed_noise, snake_decoder, snake_encoder
-from tokenzoo.encoders.streaming import State
+from tokenzoo.encoders.streaming import Chain, State
 from tokenzoo.tokenizers import Codes, TokenizerConfig, TokensError
 from tokenzoo.tokenizers.adapter import Adapter
 from tokenzoo.tokenizers.audio.codec import Codec
@@ -100,6 +100,8 @@ class SnacConfig(TokenizerConfig):
 class MultiRateQuantizer(nn.Module):
     """Residual stages that each see what is left at their own rate, averaged over `stride` frames."""
 
+    stages: Any
+
     def __init__(self, config: SnacConfig) -> None:
         super().__init__()
         self.strides = config.strides
@@ -174,6 +176,7 @@ class Snac(Codec):
     config_class: ClassVar[type[TokenizerConfig]] = SnacConfig
     adapters: ClassVar[Mapping[str, Adapter]] = {"published": PUBLISHED}
     config: SnacConfig
+    decoder: Chain
     quantizer: MultiRateQuantizer
     noise_seed: int | None = 0
     whole: str = "has codebooks of several rates"

@@ -132,10 +132,7 @@ PUBLISHED = WavTokenizerAdapter(
         "feature_extractor.encodec.quantizer.*.cluster_size": "statistics from which training moves the codebook",
         "feature_extractor.encodec.quantizer.*.embed_avg": "statistics from which training moves the codebook",
         "head.istft.window": "the Hann window, which is computed",
-        **{
-            f"{name}.*": _TRAINING_ONLY
-            for name in ("multiperioddisc", "multiresddisc", "dac", "dacdiscriminator", "melspec_loss")
-        },
+        **{f"{name}.*": "a discriminator or loss, which only training needs" for name in _TRAINING_ONLY},
     },
     inside=("state_dict",),
     spelling=OLD_SPELLING,

@@ -63,23 +63,26 @@ class Audio:
         return resample(mix(waveform, self.channels), rate, self.sample_rate).contiguous(), meta
 
     def trim(self, reconstruction: Tensor, meta: Mapping[str, Any]) -> Tensor:
-        """A reconstruction `[channels, S']`, whole frames, as the samples that the network was given, in [-1, 1]."""
-        waveform = reconstruction.clamp(-1, 1)
-        if "samples" not in meta:
-            return waveform
-        return waveform[:, : resampled_length(int(meta["samples"]), int(meta["sample_rate"]), self.sample_rate)]
+        """A reconstruction `[channels, S']`, whole frames, as the samples that the network was given, in [-1, 1].
+
+        It is limited in place, so that hours of audio are not held twice.
+        """
+        if "samples" in meta:
+            heard = resampled_length(int(meta["samples"]), int(meta["sample_rate"]), self.sample_rate)
+            reconstruction = reconstruction[:, :heard]
+        return reconstruction.clamp_(-1, 1)
 
     def restore(self, reconstruction: Tensor, meta: Mapping[str, Any]) -> Tensor:
         """A reconstruction `[channels, S']` as the original's samples at its sample rate, in [-1, 1].
 
         Channels are the network's, but a recording that was mono is mono again. Without `meta`, as of tokens that a
-        language model wrote, whole frames at the network's sample rate.
+        language model wrote, whole frames at the network's sample rate. As in `trim`, the reconstruction is limited in place.
         """
         waveform = self.trim(reconstruction, meta)
-        if "samples" not in meta:
-            return waveform
         if meta.get("channels") == 1:
             waveform = mix(waveform, 1)
+        if "samples" not in meta or int(meta["sample_rate"]) == self.sample_rate:
+            return waveform
         return resample(waveform, self.sample_rate, int(meta["sample_rate"]))[:, : int(meta["samples"])].clamp(-1, 1)
 
 
@@ -147,7 +150,7 @@ def resampled_length(samples: int, rate: int, wanted: int) -> int:
 
 
 def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) > 0
 
 
 def _shown(item: tuple[Any, ...]) -> str:
@@ -181,6 +184,7 @@ def _open(source: Any, name: str) -> tuple[Tensor, int]:
 
 def _from_array(array: np.ndarray) -> Tensor:
     given = f"{array.dtype} {array.shape}"
+    waveform: np.ndarray
     if array.ndim == 1:
         array = array[None]
     if array.ndim != 2:
@@ -190,7 +194,7 @@ def _from_array(array: np.ndarray) -> Tensor:
     elif array.dtype in _FULL_SCALE:
         waveform = array.astype(np.float32) / np.float32(_FULL_SCALE[array.dtype])
     elif np.issubdtype(array.dtype, np.floating):
-        waveform = array.astype(np.float32)
+        waveform = array.astype(np.float32, copy=False)
     else:
         raise MediaError(f"expected audio of floating point in [-1, 1], int16, int32 or uint8, got {given}")
     return _checked(torch.from_numpy(waveform), f"audio {given}")

@@ -19,6 +19,7 @@ Shapes: B batch, N latent tokens, L tokens of a sequence, D width, C width of a 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,6 +33,7 @@ from tokenzoo.tokenizers import Codes, ConfigError, Output, Tokenizer, Tokenizer
 from tokenzoo.tokenizers.adapter import Adapter
 from tokenzoo.tokenizers.image.maskgit_vqgan import VQGAN
 from tokenzoo.tokenizers.images import Images
+from tokenzoo.tokenizers.learning import keep_in_use
 from tokenzoo.tokenizers.quality import psnr
 from tokenzoo.tokenizers.quantizers import VectorQuantizer
 from tokenzoo.tokenizers.spec import Modality
@@ -57,6 +59,8 @@ class TiTokConfig(TokenizerConfig):
         codebook_size: Codes.
         metric: How vectors are compared with codes.
         commitment: Weight of the commitment loss.
+        kmeans_iterations: Rounds of k-means by which the first training batch sets the codebook; 0 for a random start.
+        restart_after: Training steps after which a code that nothing chose is set to a vector of the batch; 0 for never.
         kl_weight: Weight of the KL divergence to the standard normal (`"vae"`).
         sample_posterior: Encode to samples, drawn with the seed of `encode`, instead of means (`"vae"`).
         legacy: Whether the encoder's output is reshaped as in the first release, and the decoder predicts codes of
@@ -82,6 +86,8 @@ class TiTokConfig(TokenizerConfig):
     codebook_size: int = 4096
     metric: Literal["cosine", "l2"] = "cosine"
     commitment: float = 0.25
+    kmeans_iterations: int = 0
+    restart_after: int = 0
     kl_weight: float = 1e-6
     sample_posterior: bool = False
     legacy: bool = True
@@ -321,12 +327,17 @@ class TiTok(Tokenizer):
         super().__init__(config, Images(config.image_size))
         self.encoder = LatentEncoder(config)
         self.decoder = LatentDecoder(config)
-        self.apply(_initialize)
+        self.encoder.apply(partial(_initialize, width=config.encoder_dim))
+        self.decoder.apply(partial(_initialize, width=config.decoder_dim))
         self.proxy_codes: Callable[[Tensor], Tensor] | None = None
         self.quantizer = None
         if config.quantizer == "vq":
             self.quantizer = VectorQuantizer(
-                config.codebook_size, config.token_dim, metric=config.metric, commitment=config.commitment
+                config.codebook_size,
+                config.token_dim,
+                metric=config.metric,
+                commitment=config.commitment,
+                learning=keep_in_use(kmeans_iterations=config.kmeans_iterations, restart_after=config.restart_after),
             )
 
     def _describe(self) -> dict[str, Any]:
@@ -450,9 +461,12 @@ def _embedding(length: int, dim: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(length, dim) / math.sqrt(dim))
 
 
-def _initialize(module: nn.Module) -> None:
-    """The published start: linear and patch layers near zero; the pixel decoder's convolutions keep PyTorch's."""
+def _initialize(module: nn.Module, *, width: int) -> None:
+    """The published start: linear and patch layers near zero; the pixel decoder's convolutions keep PyTorch's.
+
+    The published deviation, 0.02, is for transformers of width 512 and more; narrower ones need a larger one to see anything.
+    """
     if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.stride != (1, 1)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=0.02 * max(1.0, 512 / width))
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -1,7 +1,7 @@
 """Memory that one call takes beyond its inputs and outputs, each contender in a process of its own.
 
 The figure is the growth of the peak resident size during the call (Linux: VmHWM after a reset through clear_refs). The
-libraries are warmed on a few rows first, so their own start does not count; codebooks in a form of their own (our packed one,
+same call is made once before, so that the start of libraries and threads does not count; codebooks in a form of their own (our packed one,
 FAISS's copy) are made before, and ours is reported apart.
 """
 
@@ -19,7 +19,6 @@ from tokenzoo.kernels import _native
 
 MIB = 1 << 20
 TIMEOUT_SECONDS = 300
-WARM_ROWS = 32
 
 
 def extra_memory(shape: tuple[int, int, int], name: str) -> float | None:
@@ -53,12 +52,10 @@ def _child(shape: tuple[int, int, int], name: str, threads: int, sender: Connect
     factory = {**OURS, **PEERS}[name]
     with torch.no_grad():
         try:
-            factory(x[:WARM_ROWS], codebook)()
             run = factory(x, codebook)
         except ImportError:
             return sender.send(None)
-        if name == "torch.compile":
-            run()  # compiles for these shapes
+        run()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _peak_bytes()

@@ -58,7 +58,7 @@ const SearchTable& search() {
 // Packed rows of a thread: they share its L2 with the codes.
 int64_t row_block_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, 192 << 10, 768 << 10);
+  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, 192 << 10, 384 << 10);
 #else
   constexpr int64_t bytes = 192 << 10;
 #endif

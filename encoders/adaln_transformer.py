@@ -139,4 +139,4 @@ class TimeEmbedding(nn.Module):
         exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
         angles = time.float()[:, None] * (1000 / self.max_time * torch.exp(-math.log(self._SLOWEST) * exponents))
         features = torch.cat([angles.cos(), angles.sin()], 1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))

@@ -16,7 +16,7 @@ class VisionFeatures:
     def __init__(self, network: nn.Module, grid: int) -> None:
         self.network = network.eval().requires_grad_(False)
         self.size = grid * int(network.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
-        pretrained = network.pretrained_cfg  # type: ignore[union-attr]
+        pretrained = network.pretrained_cfg
         self.mean, self.deviation = (torch.tensor(pretrained[key])[:, None, None] for key in ("mean", "std"))  # type: ignore[index]
 
     @classmethod
@@ -41,4 +41,4 @@ class VisionFeatures:
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
         images = (images - self.mean.to(images)) / self.deviation.to(images)
         features: Tensor = self.network.forward_features(images)  # type: ignore[operator]
-        return features[:, self.network.num_prefix_tokens :]  # type: ignore[misc]
+        return features[:, self.network.num_prefix_tokens :]

@@ -152,7 +152,7 @@ def _modules(root: _Node, side: str, expected: Mapping[str, str]) -> dict[str, _
 
 
 def _read_encoder(nodes: Mapping[str, _Node], config: Mapping[str, Any]) -> dict[str, Any]:
-    dim = nodes["enc_patch_emb"].values.get("dim")
+    dim = _dim(nodes["enc_patch_emb"])
     registers = nodes["enc_register_module"]
     registers.expect(dim=dim, ordering_mode="nested", extra_registers_dim=None)
     values = {
@@ -170,7 +170,7 @@ def _read_encoder(nodes: Mapping[str, _Node], config: Mapping[str, Any]) -> dict
 
 
 def _read_decoder(nodes: Mapping[str, _Node], config: Mapping[str, Any]) -> dict[str, Any]:
-    dim = nodes["dec_noise_patch_emb"].values.get("dim")
+    dim = _dim(nodes["dec_noise_patch_emb"])
     if _patch_size(nodes["dec_noise_patch_emb"], config) != config["patch_size"]:
         raise ValueError("expected encoder and decoder to have patches of one size")
     nodes["dec_from_latents"].expect(dim=dim, dim_in=len(config["levels"]), proj_bias=True)
@@ -217,6 +217,13 @@ def _read_flow(root: _Node, config: Mapping[str, Any]) -> dict[str, Any]:
     pipeline.expect(out_channels=config["latent_channels"])
     pipeline.close()
     return values
+
+
+def _dim(node: _Node) -> int:
+    dim = node.values.get("dim")
+    if not isinstance(dim, int):
+        raise ValueError(f"expected {node.where}.dim to be a whole number, got {dim!r}")
+    return dim
 
 
 def _patch_size(node: _Node, config: Mapping[str, Any]) -> int:

@@ -11,7 +11,6 @@ import torch
 from peers import faiss_core
 from timing import processor
 
-from tokenzoo import kernels
 from tokenzoo.kernels import _native, csrc
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def sources() -> str:
     """Digest of the operations as they are installed, and of their tests."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for folder in (Path(kernels.__file__).parent, Path(csrc.__file__).parent, ROOT / "tests" / "kernels"):
+    for folder in (Path(_native.__file__).parent, Path(csrc.__file__).parent, ROOT / "tests" / "kernels"):
         for path in sorted(path for path in folder.iterdir() if path.suffix in (".py", ".cpp", ".h")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -41,7 +41,7 @@ class Peak:
             with tempfile.TemporaryDirectory() as folder:
                 built, source = Path(folder) / "peak.so", Path(__file__).with_name("peak.cpp")
                 flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
-                subprocess.run([compiler, *flags, str(source), "-o", str(built)], check=True)
+                subprocess.run([*compiler, *flags, str(source), "-o", str(built)], check=True)
                 self._library = ctypes.CDLL(str(built))
             self._library.peak.restype = ctypes.c_double
 

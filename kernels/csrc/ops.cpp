@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string_view>
 #include <tuple>
@@ -116,12 +117,16 @@ Tensor pack(const Tensor& codebook, bool dot) {
   std::fill_n(packed.mean, packed.dim, 0.f);
   if (!dot) {
     std::vector<double> sums(width);
-    for (int64_t k = 0; k < size; ++k)
-      for (int64_t d = 0; d < width; ++d) sums[d] += entries[k * width + d];
-    for (int64_t d = 0; d < width; ++d) {
-      const float mean = static_cast<float>(sums[d] / static_cast<double>(size));
-      packed.mean[d] = std::isfinite(mean) ? mean : 0.f;
+    int64_t finite = 0;
+    for (int64_t k = 0; k < size; ++k) {
+      const float* entry = entries + k * width;
+      float check = 0;
+      for (int64_t d = 0; d < width; ++d) check += entry[d] * 0.f;
+      if (!(check == 0.f)) continue;
+      ++finite;
+      for (int64_t d = 0; d < width; ++d) sums[d] += entry[d];
     }
+    for (int64_t d = 0; d < width && finite; ++d) packed.mean[d] = static_cast<float>(sums[d] / static_cast<double>(finite));
   }
   parallel((packed.panels + PACK_PANELS - 1) / PACK_PANELS, [&](int64_t block) {
     for (int64_t p = block * PACK_PANELS; p < std::min(packed.panels, (block + 1) * PACK_PANELS); ++p) {

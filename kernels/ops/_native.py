@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -32,6 +33,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     _UNITS |= {"search_avx2.cpp": ["-mavx2", "-mfma"], "search_avx512.cpp": _AVX512}
 _OPERATORS = ("pack", "nearest", "quantize", "residual_quantize", "code_sums", "fsq", "lfq")
 _COMPILE_SECONDS = 120
+_LOCK_SECONDS = 3 * _COMPILE_SECONDS  # units, then the link
 LIBRARY_NAME = "tokenzoo_native.so"
 _PREBUILT = Path(__file__).with_name(LIBRARY_NAME)
 _status = "not loaded yet"
@@ -50,11 +52,12 @@ def library() -> Any | None:
         _settle("PyTorch fallback: native kernels are turned off by TOKENZOO_NATIVE=0", logging.INFO)
         return None
     try:
-        path = _PREBUILT if _PREBUILT.exists() else _build()
-        if path is None:
-            _settle("PyTorch fallback: no C++ compiler was found (set CXX, or install g++ or clang++)", logging.WARNING)
-            return None
-        torch.ops.load_library(str(path))
+        if not _load_prebuilt():
+            path = _build()
+            if path is None:
+                _settle("PyTorch fallback: no C++ compiler was found (set CXX, or install g++ or clang++)", logging.WARNING)
+                return None
+            torch.ops.load_library(str(path))
         bits = torch.ops.tokenzoo_native.instruction_set()
     except (OSError, RuntimeError, Timeout, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
@@ -65,17 +68,30 @@ def library() -> Any | None:
     return SimpleNamespace(**{name: getattr(torch.ops.tokenzoo_native, name).default for name in _OPERATORS})
 
 
+def _load_prebuilt() -> bool:
+    if not _PREBUILT.exists():
+        return False
+    try:
+        torch.ops.load_library(str(_PREBUILT))
+    except (OSError, RuntimeError) as error:
+        log.warning("the kernels that were compiled at install do not load, so they are compiled again: %s", error)
+        return False
+    return True
+
+
 def _settle(reason: str, level: int) -> None:
     global _status
     _status = reason
     log.log(level, reason)
 
 
-def compiler() -> str | None:
-    """Path of the C++ compiler: the one that `CXX` names, or the first that is found."""
-    wanted = os.environ.get("CXX")
-    candidates = [wanted] if wanted else ["c++", "g++", "clang++"]
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+def compiler() -> list[str] | None:
+    """Command of the C++ compiler: what `CXX` says, or the first that is found."""
+    for candidate in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
+        program, *arguments = shlex.split(candidate)
+        if found := shutil.which(program):
+            return [found, *arguments]
+    return None
 
 
 def _build() -> Path | None:
@@ -90,7 +106,7 @@ def _build() -> Path | None:
         built = _cache_folder() / _fingerprint(command, sources) / LIBRARY_NAME
         if not built.exists():
             built.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(built.with_name("lock"), timeout=_COMPILE_SECONDS):
+            with FileLock(built.with_name("lock"), timeout=_LOCK_SECONDS):
                 if not built.exists():
                     log.info("compiling the CPU kernels (once, a few seconds)")
                     compile_library(command, sources, built)
@@ -103,15 +119,15 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenzoo" / "kernels"
 
 
-def _fingerprint(command: str, sources: Path) -> str:
-    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+def _fingerprint(command: list[str], sources: Path) -> str:
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
     digest = hashlib.sha256(f"{version} {_FLAGS} {_UNITS}".encode())
     for path in sorted([*sources.glob("*.cpp"), *sources.glob("*.h")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def compile_library(command: str, sources: Path, built: Path) -> None:
+def compile_library(command: list[str], sources: Path, built: Path) -> None:
     """Compiles the sources in a folder and puts the library in place once it is whole.
 
     Raises:
@@ -123,14 +139,14 @@ def compile_library(command: str, sources: Path, built: Path) -> None:
 
         def compile_unit(unit: str) -> str:
             target = str(Path(scratch) / f"{unit}.o")
-            _run([command, *_FLAGS, *_UNITS[unit], *include, "-c", str(sources / unit), "-o", target])
+            _run([*command, *_FLAGS, *_UNITS[unit], *include, "-c", str(sources / unit), "-o", target])
             return target
 
         with ThreadPoolExecutor() as pool:
             objects = list(pool.map(compile_unit, _UNITS))
         finished = Path(scratch) / built.name
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _run([command, "-shared", *objects, *libraries, "-o", str(finished)])
+        _run([*command, "-shared", *objects, *libraries, "-o", str(finished)])
         finished.replace(built)
 
 

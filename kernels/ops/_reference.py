@@ -4,13 +4,15 @@ Distances are compared as |c|^2 - 2 x.c after the mean of the codebook is taken 
 of rows at a time into the same memory, and lets NumPy find the largest: its argmax is vectorised, torch's is not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _CHUNK_SCORES = 1 << 20
+_LEAST_ROWS = 16
 
 
 def centred(codebook: Tensor, *, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,13 +21,28 @@ def centred(codebook: Tensor, *, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
     Taking the mean off both sides changes no distance, and keeps the digits of data with a large common offset; it would
     change products, so for `dot` it is zero. Entries that are not finite get a bias of -inf.
     """
-    mean = codebook.new_zeros(codebook.shape[1]) if dot else codebook.mean(0)
-    mean = torch.where(mean.isfinite(), mean, 0)
+    mean = codebook.new_zeros(codebook.shape[1])
+    if not dot:
+        finite = codebook.isfinite().all(1, keepdim=True)
+        mean = torch.where(finite, codebook, 0).sum(0, dtype=torch.float64).div(finite.sum().clamp_min(1)).to(codebook.dtype)
     entries = codebook - mean
     norms = entries.square().sum(1)
     usable = norms.isfinite()
     bias = torch.where(usable, torch.zeros_like(norms) if dot else -norms / 2, -torch.inf)
     return mean, torch.where(usable[:, None], entries, 0), bias
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 in float32, whatever `torch.set_float32_matmul_precision` allows: coarser ones have other ids."""
+    if torch.compiler.is_compiling() or (allowed := torch.get_float32_matmul_precision()) == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def pack(entries: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
@@ -40,14 +57,16 @@ def nearest(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> Tensor:
     Ties go to the lowest index, as do rows that are not finite; entries that are not finite are never chosen.
     """
     mean, table = packed
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        rows = torch.cat([x - mean, x.new_ones(len(x), 1)], 1)
-        chunk = min(max(16, _CHUNK_SCORES // size), max(1, len(x)))
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_precision():
+        # A product with few rows may add up in another order for some columns than for others, and so break ties.
+        count = max(len(x), _LEAST_ROWS) if len(x) else 0
+        rows = F.pad(torch.cat([x - mean, x.new_ones(len(x), 1)], 1), (0, 0, 0, count - len(x)))
+        chunk = min(max(_LEAST_ROWS, _CHUNK_SCORES // size), max(1, count))
         scores = x.new_empty(chunk, size)
-        ids = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        ids = torch.zeros(count, dtype=torch.long, device=x.device)
         for part, into in zip(rows.split(chunk), ids.split(chunk), strict=True):
             _first_largest(torch.mm(part, table, out=scores[: len(part)]), into)
-        return torch.where(x.isfinite().all(1), ids, 0)
+        return torch.where(x.isfinite().all(1), ids[: len(x)], 0)
 
 
 def _first_largest(scores: Tensor, into: Tensor) -> None:

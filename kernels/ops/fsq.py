@@ -75,7 +75,7 @@ def _constants(levels: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Half width, offset and shift of the published bound, float32 `(D,)`."""
     count = torch.tensor(levels, dtype=torch.float32)
     half = (count - 1) * (1 + _SLACK) / 2
-    offset = torch.where(count % 2 == 0, 0.5, 0.0)
+    offset = torch.where(count % 2 == 0, 0.5, 0.0).float()
     return half, offset, (offset / half).atanh()
 
 
@@ -92,14 +92,14 @@ def _steps(levels: tuple[int, ...], device: torch.device) -> _Steps:
     half_width = torch.tensor([n // 2 for n in levels], dtype=torch.float32)
     most = max(levels) - 1
     wanted = torch.arange(1, most + 1)[:, None] - half_width
-    low, high = (_to_ordered(torch.full((most, len(levels)), limit)) for limit in (-20.0, 20.0))
+    low, high = (_to_ordered(torch.full((most, len(levels)), limit, dtype=torch.float32)) for limit in (-20.0, 20.0))
     while bool((high - low > 1).any()):
         middle = (low + high) // 2
         reached = (torch.tanh(_from_ordered(middle) + shift) * half - offset).round() >= wanted
         low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
     exists = torch.arange(1, most + 1)[:, None] < torch.tensor(levels)
     # Not even an infinity reaches a NaN.
-    thresholds = torch.where(exists, _from_ordered(high), torch.nan).contiguous()
+    thresholds = torch.where(exists, _from_ordered(high), torch.nan).float().contiguous()
     return _Steps(thresholds.to(device), *_scale(levels, device))
 
 

@@ -12,27 +12,38 @@ from tokenzoo.kernels._backend import backend_for
 class PackCache:
     """Keeps a codebook in the form that is searched, from one call to the next.
 
-    The codebook is packed again when its storage or its version counter changes. Writing through `codebook.data` moves
-    neither, so hold a cache only while the codebook is left alone, as the quantizer modules do in eval mode.
+    The codebook is packed again when its storage, its layout or its version counter changes, and nothing is kept while it is
+    being trained (it requires a gradient, and gradients are on). Writing through `codebook.data` or a NumPy view is not
+    noticed, so hold a cache only while the codebook is left alone, as the quantizer modules do in eval mode. Threads may
+    share a cache; copies and pickles of it are empty.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._held: tuple[Tensor, Tensor, Any] | None = None
+        self._held: tuple[tuple[Any, ...], Tensor, tuple[Tensor, Any]] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return PackCache, ()
 
     def clear(self) -> None:
         """Forgets the packed codebook."""
-        self._key = self._held = None
+        self._held = None
 
     def get(self, codebook: Tensor, metric: str, backend: Any) -> tuple[Tensor, Any]:
         """The entries that are compared, and their packed form; a list of forms for codebooks `(Q, K, D)`."""
         if codebook.is_inference():
             return pack(codebook, metric, backend)
-        key = (codebook.data_ptr(), codebook._version, codebook.shape, codebook.dtype, metric, id(backend))
-        if self._held is None or key != self._key:
+        if codebook.requires_grad and torch.is_grad_enabled():
+            self.clear()
+            return pack(codebook, metric, backend)
+        key = (
+            *(codebook.data_ptr(), codebook._version, codebook.shape, codebook.stride(), codebook.dtype),
+            *(metric, id(backend)),
+        )
+        held = self._held
+        if held is None or held[0] != key:
             # The codebook is kept alive, so that its address cannot become another one's.
-            self._key, self._held = key, (codebook.detach(), *pack(codebook, metric, backend))
-        return self._held[1:]
+            held = self._held = (key, codebook.detach(), pack(codebook, metric, backend))
+        return held[2]
 
 
 def pack(codebook: Tensor, metric: str, backend: Any, cache: PackCache | None = None) -> tuple[Tensor, Any]:
@@ -52,7 +63,7 @@ def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCache
         x: Vectors, `(..., D)`, any float dtype; compared in float32.
         codebook: Entries, `(K, D)`.
         metric: `"l2"` (squared Euclidean) or `"cosine"` (both sides are l2-normalised).
-        cache: Keeps the packed codebook between calls; for a codebook that does not change.
+        cache: Keeps the packed codebook between calls (not in traced graphs); for a codebook that does not change.
 
     Returns:
         int64 indices, `(...)`, in `[0, K)`. Ties go to the lowest index; so do vectors that hold a NaN or an infinity.

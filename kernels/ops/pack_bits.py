@@ -39,4 +39,4 @@ def unpack_bits(bits_stream: Tensor, bits: int) -> Tensor:
     if not bits or bits_stream.numel() % bits:
         raise ValueError(f"expected a multiple of {bits} bits, got {bits_stream.numel()}")
     weights = np.int64(1) << np.arange(bits - 1, -1, -1, dtype=np.int64)
-    return torch.from_numpy(bits_stream.numpy().reshape(-1, bits).astype(np.int64) @ weights)
+    return torch.from_numpy(bits_stream.cpu().numpy().reshape(-1, bits).astype(np.int64) @ weights)

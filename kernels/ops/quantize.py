@@ -112,16 +112,19 @@ def _(x: Tensor, codebook: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Te
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, ...]) -> None:
-    vectors, _, ids, counts, sums = output
+    _, _, ids, counts, sums = output
     ctx.mark_non_differentiable(ids, counts, sums)
-    ctx.save_for_backward(inputs[0], inputs[1], ids, vectors)
+    ctx.save_for_backward(inputs[0], inputs[1], ids)
 
 
-def _backward(ctx: Any, grad_vectors: Tensor, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
-    x, codebook, ids, vectors = ctx.saved_tensors
+def _backward(ctx: Any, grad_vectors: Tensor, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    x, codebook, ids = ctx.saved_tensors
+    vectors = torch.ops.tokenzoo.lookup(ids, codebook).float()
     pull = (x.float() - vectors) * (2 * grad_loss / max(1, x.numel()))
-    to_entries = torch.ops.tokenzoo.code_totals(grad_vectors - pull, ids, len(codebook))
-    return (grad_vectors + pull).to(x.dtype), to_entries.to(codebook.dtype), None
+    to_entries = None
+    if ctx.needs_input_grad[1]:
+        to_entries = torch.ops.tokenzoo.code_totals(grad_vectors - pull, ids, len(codebook)).to(codebook.dtype)
+    return (grad_vectors + pull).to(x.dtype), to_entries, None
 
 
 _quantize_op.register_autograd(_backward, setup_context=_setup)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenzoo.kernels._backend import backend_for
+from tokenzoo.kernels._reference import full_precision
 from tokenzoo.kernels.nearest import PackCache, as_rows, nearest, pack
 
 
@@ -46,7 +47,7 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, cache: PackCache | None =
     Raises:
         ValueError: If the widths differ or a codebook is empty.
     """
-    _check(x, codebooks, codebooks.shape[-1])
+    _check(x, codebooks, codebooks.shape[-1] if codebooks.dim() else 0)
     if torch.compiler.is_compiling():
         return ResidualQuantized(*torch.ops.tokenzoo.residual_quantize(x, codebooks))
     return ResidualQuantized(*_residual(x, codebooks, cache))
@@ -78,7 +79,7 @@ def projected_residual_quantize(
     if shapes != ((stages, narrow, wide), (stages, narrow), (stages, wide, narrow), (stages, wide)):
         raise ValueError(f"expected projections between {wide} and {narrow} for each of {stages} stages, got {shapes}")
     _check(x[..., :narrow], codebooks, narrow)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_precision():
         return _projected(x, codebooks, projections, metric)
 
 
@@ -102,8 +103,10 @@ def _projected(x: Tensor, codebooks: Tensor, projections: Projections, metric: s
 
 
 def _check(x: Tensor, codebooks: Tensor, width: int) -> None:
-    if codebooks.dim() != 3 or not codebooks.shape[1] or x.dim() < 1 or x.shape[-1] != width:
-        raise ValueError(f"expected x (..., D) and codebooks (Q, K, D) with K > 0, got {x.shape = } and {codebooks.shape = }")
+    if codebooks.dim() != 3 or 0 in codebooks.shape[1:] or x.dim() < 1 or x.shape[-1] != width:
+        raise ValueError(
+            f"expected x (..., D) and codebooks (Q, K, D) with K, D > 0, got {x.shape = } and {codebooks.shape = }"
+        )
 
 
 def _residual(x: Tensor, codebooks: Tensor, cache: PackCache | None) -> tuple[Tensor, Tensor]:

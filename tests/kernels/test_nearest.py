@@ -1,6 +1,8 @@
 import os
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -222,3 +224,49 @@ def test_a_row_gets_the_same_id_in_any_company(lane, dim):
     distances = torch.cdist(x.double(), codebook.double())
     distances[7] = torch.arange(700)
     assert torch.equal(together, distances.argmin(1))
+
+
+def test_the_cache_sees_the_layout(lane):
+    cache, x, codebook = PackCache(), torch.randn(40, 8), torch.randn(40, 8)
+    for view in (codebook[:20], codebook[::2], codebook[:8], codebook[:8].T):
+        assert torch.equal(nearest(x, view, cache=cache), nearest(x, view))
+
+
+def test_the_cache_keeps_nothing_of_a_codebook_in_training(lane):
+    cache, x, codebook = PackCache(), torch.randn(40, 8), torch.randn(20, 8, requires_grad=True)
+    nearest(x, codebook, cache=cache)
+    codebook.data.neg_()
+    assert torch.equal(nearest(x, codebook, cache=cache), nearest(x, codebook))
+    with torch.no_grad():
+        nearest(x, codebook, cache=cache)
+    assert len(pickle.dumps(cache)) < 200
+
+
+def test_threads_share_a_cache(lane):
+    cache, x = PackCache(), torch.randn(30, 8)
+    codebooks = [torch.randn(50, 8) for _ in range(4)]
+    expected = [nearest(x, codebook) for codebook in codebooks]
+
+    def search(turn):
+        return torch.equal(nearest(x, codebooks[turn % 4], cache=cache), expected[turn % 4])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(search, range(400)))
+
+
+def test_one_broken_entry_does_not_cost_the_others_their_digits(lane):
+    x, codebook = torch.randn(200, 8) / 10 + 1000, torch.randn(64, 8) / 10 + 1000
+    expected = torch.cdist(x.double(), codebook[1:].double()).argmin(1) + 1
+    codebook[0] = torch.nan
+    assert torch.equal(nearest(x, codebook), expected)
+
+
+def test_coarser_products_are_not_used(lane):
+    x, codebook = torch.randn(500, 64), torch.randn(500, 64)
+    expected = nearest(x, codebook)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(nearest(x, codebook), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

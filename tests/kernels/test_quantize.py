@@ -66,6 +66,13 @@ def test_opcheck_and_compile(lane):
     assert torch.allclose(compiled(x, codebook), quantize(x * 2, codebook).vectors.sum())
 
 
+def test_second_derivatives_of_the_loss(lane):
+    x, codebook = torch.randn(12, 4, requires_grad=True), torch.randn(9, 4)
+    (gradient,) = torch.autograd.grad(quantize(x, codebook).loss, x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient[0, 0], x)
+    assert float(second[0, 0]) == pytest.approx(2 / x.numel())
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("rows", [0, 3, 400])
 def test_statistics_on_request(lane, rows, grad):
@@ -109,6 +116,8 @@ def test_residual_stages_are_quantizers_in_a_row(lane, rows, stages, dim):
     assert torch.equal(residual_quantize(x, codebooks, cache=cache).ids, residual_quantize(x, codebooks).ids)
     with pytest.raises(ValueError, match="expected x"):
         residual_quantize(x, torch.randn(2, 5, dim + 1))
+    with pytest.raises(ValueError, match="K, D > 0"):
+        residual_quantize(torch.zeros(4, 0), torch.zeros(2, 3, 0))
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])

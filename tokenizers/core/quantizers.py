@@ -504,10 +504,11 @@ class _Stacks:
     def __init__(self) -> None:
         self.clear()
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Stacks, ()  # copies and pickles are empty
+
     def clear(self) -> None:
-        self._key: Any = None
-        self._kept: list[Tensor] = []
-        self._sources: list[Tensor] = []  # kept alive, so that an address cannot become another tensor's
+        self._held: tuple[Any, list[Tensor], list[Tensor]] | None = None
 
     def get(self, keep: bool, sources: list[list[Tensor]]) -> list[Tensor]:
         """Each list of tensors as one, float32."""
@@ -515,10 +516,13 @@ class _Stacks:
         if not keep or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in flat):
             return [torch.stack([tensor.detach().float() for tensor in group]) for group in sources]
         key = [(tensor.data_ptr(), tensor._version, tensor.device) for tensor in flat]
-        if key != self._key:
-            self._kept = [torch.stack([tensor.detach().float() for tensor in group]) for group in sources]
-            self._key, self._sources = key, flat
-        return self._kept
+        held = self._held
+        if held is None or held[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                stacked = [torch.stack([tensor.detach().float() for tensor in group]) for group in sources]
+            # The sources are kept alive, so that an address cannot become another tensor's.
+            held = self._held = (key, stacked, flat)
+        return held[1]
 
 
 def _kept_stages(x: Tensor, num_stages: int, dropout: float) -> Tensor:

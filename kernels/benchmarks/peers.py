@@ -45,12 +45,12 @@ def with_sums(x: Tensor, codebook: Tensor) -> Contender:
 
 def fallback(x: Tensor, codebook: Tensor) -> Contender:
     """Our ids where there is no compiler."""
-    native = _native.library
+    native, cache = _native.library, PackCache()
 
     def run() -> object:
         _native.library = lambda: None  # type: ignore[assignment]
         try:
-            return nearest(x, codebook)
+            return nearest(x, codebook, cache=cache)
         finally:
             _native.library = native
 

@@ -128,6 +128,8 @@ class VectorQuantizer(Quantizer):
         if self.unit:
             x = F.normalize(x, dim=-1)
         learner = self.learner if self.training else None
+        if learner is not None and learner.learning.decay is None and not self.codebook.requires_grad:
+            learner = None  # the codebook is frozen; one of averages never has a gradient
         if learner is not None:
             learner.start(self.codebook, x.detach())
         ids = VectorQuantizer.ids(self, x)

@@ -58,6 +58,8 @@ def run_recipe(recipe: str | Path, *, data: Path | None = None, out: Path | None
 def train(recipe: Recipe, tokenizer: Tokenizer | None = None, *, resume: bool = False) -> Path:
     """Trains `tokenizer`, by default the one that the recipe names, until `recipe.steps`, SIGINT or SIGTERM.
 
+    What is frozen in a given `tokenizer` stays so, and `recipe.freeze` freezes more.
+
     Returns:
         The folder that `tokenzoo.load` reads the averaged weights from.
 
@@ -102,8 +104,7 @@ class _Run:
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, crops: Crops, checkpoint: Checkpoint | None) -> None:
         self.recipe, self.crops, self.output = recipe, crops, Path(recipe.output)
         self.accelerator = Accelerator(mixed_precision=recipe.precision, step_scheduler_with_optimizer=False)
-        for name, parameter in tokenizer.named_parameters():
-            parameter.requires_grad_(not any(fnmatch(name, glob) for glob in recipe.freeze))
+        self.frozen = _freeze(tokenizer, recipe.freeze)
         if recipe.teacher:
             _teach(tokenizer, recipe.teacher, self.accelerator.device)
         if checkpoint is not None:
@@ -128,6 +129,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step)
         self.model.train()
+        for module in self.frozen:
+            module.eval()
         progress = self.step / max(1, self.recipe.steps)
         generator = torch.Generator().manual_seed(seed)
         result = self.model(batch.to(self.accelerator.device), progress=progress, generator=generator)
@@ -200,6 +203,20 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     warmup = (step + 1) / max(1, recipe.warmup_steps)
     decay = (recipe.steps - step) / max(1, recipe.decay_steps)
     return recipe.learning_rate * min(1.0, warmup, decay if recipe.decay_steps else 1.0)
+
+
+def _freeze(tokenizer: Tokenizer, globs: tuple[str, ...]) -> list[nn.Module]:
+    """Freezes parameters, and finds the modules that have no others: what they learn without a gradient must stay too."""
+    frozen = {name for name, _ in tokenizer.named_parameters() if any(fnmatch(name, glob) for glob in globs)}
+    for name, parameter in tokenizer.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    modules = []
+    for prefix, module in tokenizer.named_modules():
+        names = {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
+        if names and names <= frozen:
+            modules.append(module)
+    return modules
 
 
 def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

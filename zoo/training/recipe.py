@@ -65,7 +65,8 @@ class Recipe:
         betas: Of AdamW.
         clip_norm: Largest norm of the gradient.
         ema_decay: Of the averaged weights, which are evaluated and exported.
-        freeze: Globs of parameters that are not trained.
+        freeze: Globs of parameters that are not trained. Modules that have no others are in eval mode throughout, so that
+            codebooks are not restarted or averaged and statistics stay.
         precision: `no` or `bf16`, as accelerate names them.
         seed: Of everything random.
         initialise_crops: Crops handed to the tokenizer's `initialise`, if it has one.

@@ -180,3 +180,15 @@ def test_processes_of_a_distributed_run_agree(tmp_path):
         alone(torch.randn(60, 4, generator=torch.Generator().manual_seed(1)))
     for name, tensor in alone.state_dict().items():
         assert torch.allclose(first[0][name], tensor, atol=1e-5), name
+
+
+def test_a_frozen_codebook_stays():
+    quantizer = VectorQuantizer(8, 4, learning=Learning(kmeans_iterations=2, restart_after=1))
+    quantizer.codebook.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    for x in batches(3):
+        quantizer(x)
+    assert all(torch.equal(before[name], tensor) for name, tensor in quantizer.state_dict().items())
+    quantizer.codebook.requires_grad_(True)
+    quantizer(x)
+    assert not torch.equal(before["codebook"], quantizer.codebook)

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from tokenzoo import load
 from tokenzoo.registry import tokenizer_class
 from tokenzoo.tokenizers.errors import ConfigError
 from tokenzoo.tokenizers.image.maskgit_vqgan import VQGAN, VQGANConfig
+from tokenzoo.tokenizers.learning import Learning
+from tokenzoo.tokenizers.quantizers import VectorQuantizer
 from tokenzoo.training import Recipe, loop, train
 from tokenzoo.training.checkpoint import AveragedWeights, Checkpoint
 
@@ -169,3 +172,33 @@ def test_nothing_to_inherit_is_refused(recipe, tmp_path):
         train(replace(recipe, inherit=str(tmp_path / "other")))
     with pytest.raises(ConfigError, match="only beside architecture"):
         replace(recipe, architecture="", start="x", inherit="y")
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_a_frozen_codebook_stays_and_so_do_the_ids(recipe, decay):
+    titok = tokenizer_class("titok")
+    sizes = {
+        f"{side}_{key}": 16 if key == "dim" else 1 for side in ("encoder", "decoder") for key in ("dim", "layers", "heads")
+    }
+    config = {"image_size": 16, "patch_size": 4, "num_tokens": 4, "token_dim": 4, "codebook_size": 64, **sizes}
+    torch.manual_seed(0)
+    tok = titok(titok.config_class.from_dict({**config, "legacy": False}))
+    options = {"kmeans_iterations": 2, "restart_after": 1, "decay": decay}
+    tok.quantizer = VectorQuantizer(64, 4, metric="cosine", learning=Learning(**options))
+    images = torch.rand(3, 3, 16, 16)
+    before, ids = copy.deepcopy(tok.state_dict()), tok.eval().encode(images).ids
+    train(replace(recipe, freeze=("encoder.*", "quantizer.*"), steps=4, eval_lengths=()), tok)
+    after = tok.state_dict()
+    kept = [key for key in before if key.startswith(("encoder.", "quantizer."))]
+    assert {"quantizer.learner.idle_steps", "quantizer.learner.started"} <= set(kept)
+    assert all(torch.equal(before[key], after[key]) for key in kept)
+    assert not torch.equal(before["decoder.head.conv_out.weight"], after["decoder.head.conv_out.weight"])
+    assert torch.equal(tok.encode(images).ids, ids)
+
+
+def test_a_codebook_of_averages_is_not_trained_by_gradients(recipe):
+    tok = tokenizer_class("one_d_piece_nano")(tokenizer_class("one_d_piece_nano").config_class.from_dict(recipe.config))
+    tok.averaged = VectorQuantizer(8, 4, learning=Learning(decay=0.9))
+    assert loop._freeze(tok, ("code.*",))[0] is tok.code
+    assert not tok.averaged.codebook.requires_grad
+    assert tok.refiner.head.weight.requires_grad

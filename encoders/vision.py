@@ -24,13 +24,22 @@ class VisionFeatures:
         """A network of timm's by its name, such as `vit_large_patch14_dinov2`, with weights from the Hub.
 
         Raises:
-            ValueError: If timm has no network of this name.
+            ValueError: If timm has no network of this name, or it is none that turns patches into tokens.
+            OSError: If its weights could not be had from the Hub or from the local cache.
         """
         import timm
 
         if not timm.is_model(name):
             raise ValueError(f"expected a network of timm's, such as vit_large_patch14_dinov2, got {name!r}")
-        network = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+        transformers = f"expected a vision transformer with patch tokens, such as vit_large_patch14_dinov2, got {name!r}"
+        try:
+            network = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+        except TypeError as error:
+            raise ValueError(transformers) from error
+        except OSError as error:
+            raise OSError(f"{name} could not be had from the Hub, nor is it in the local cache: {error}") from error
+        if not (hasattr(network, "patch_embed") and hasattr(network, "num_prefix_tokens")):
+            raise ValueError(transformers)
         return cls(network, grid)
 
     @torch.no_grad()

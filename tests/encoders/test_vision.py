@@ -1,8 +1,11 @@
+import huggingface_hub
 import pytest
 import timm
 import torch
 
 from tokenzoo.encoders.vision import VisionFeatures
+from tokenzoo.tokenizers.errors import ConfigError, DownloadError
+from tokenzoo.tokenizers.image._common import alignment_features
 from tokenzoo.tokenizers.image.flextok import FlexTok, FlexTokConfig
 
 
@@ -63,3 +66,18 @@ def test_a_decoder_can_be_aligned_and_the_network_is_not_saved(network):
         history.append(float(output.losses["alignment"].detach()))
     assert history[-1] < 0.7 * history[0]
     assert not any("network" in name or "features" in name for name in tok.state_dict())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_networks_without_patch_tokens_are_refused(name):
+    with pytest.raises(ValueError, match="with patch tokens"):
+        VisionFeatures.load(name, 2, pretrained=False)
+    with pytest.raises(ConfigError, match=r"alignment_network: .*with patch tokens"):
+        alignment_features("resnet18", 2)
+
+
+def test_weights_that_cannot_be_had_are_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(DownloadError, match="test_vit could not be had from the Hub, nor is it in the local cache"):
+        alignment_features("test_vit", 2)

@@ -68,7 +68,7 @@ def config_from_published(
     """
     try:
         return _read(_Node(published, "config"), related)
-    except ValueError as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # values of another type or length than theirs
         raise ConfigError(f"published config of a FlexTok: {error}") from error
 
 

@@ -8,8 +8,11 @@ that does not: classifier-free guidance (https://arxiv.org/abs/2207.12598), or a
 Shapes: B batch, C channels, h w of the latent grid.
 """
 
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -42,12 +45,13 @@ class Sampling:
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(f"expected a whole number of steps, at least 1, got {self.steps!r}")
-        if not callable(self.guidance) and not isinstance(self.guidance, (int, float)):
-            raise ConfigError(f"expected guidance to be a number, or a function of the time, got {self.guidance!r}")
+        number = isinstance(self.guidance, Real) and not isinstance(self.guidance, bool)
+        if not callable(self.guidance) and not (number and math.isfinite(self.guidance)):
+            raise ConfigError(f"expected guidance to be a finite number, or a function of the time, got {self.guidance!r}")
         if self.method not in ("apg", "cfg"):
             raise ConfigError(f"expected the guidance method to be apg or cfg, got {self.method!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"expected the seed to be a whole number, got {self.seed!r}")
+        if as_seed(self.seed) is None:
+            raise ConfigError(f"expected the seed to be a whole number of 64 bits with a sign, got {self.seed!r}")
 
     @property
     def guided(self) -> bool:
@@ -92,9 +96,25 @@ def _project(difference: Tensor, prediction: Tensor) -> Tensor:
     dims = (1, 2, 3)
     norm = difference.square().sum(dims, keepdim=True).sqrt()
     difference = difference * (_LARGEST_NORM / norm).clamp(max=1)
-    direction = prediction.double()
+    direction = widened(prediction)
     direction = direction / direction.square().sum(dims, keepdim=True).sqrt().clamp_min(1e-12)
-    return (difference.double() - (difference.double() * direction).sum(dims, keepdim=True) * direction).float()
+    return (widened(difference) - (widened(difference) * direction).sum(dims, keepdim=True) * direction).float()
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float64, or in float32 where the device has nothing wider."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def as_seed(value: object) -> int | None:
+    """A whole number of 64 bits with a sign, NumPy's and tensors' too, as int; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        seed = operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return seed if -(2**63) <= seed < 2**63 else None
 
 
 def noise_of(seeds: list[int], shape: tuple[int, ...]) -> Tensor:

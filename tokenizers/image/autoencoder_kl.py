@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenzoo.encoders.autoencoder_kl import DIFFUSERS_KEYS, AutoencoderKL, arguments_from_diffusers
-from tokenzoo.tokenizers import Codes, ConfigError, Output, Tokenizer, TokenizerConfig, TokensError
+from tokenzoo.tokenizers import Codes, ConfigError, Output, Tokenizer, TokenizerConfig
 from tokenzoo.tokenizers.adapter import Adapter
+from tokenzoo.tokenizers.image._common import draw_once, vectors_of
 from tokenzoo.tokenizers.images import Images
 from tokenzoo.tokenizers.quality import psnr
 from tokenzoo.tokenizers.spec import Modality
@@ -112,20 +113,15 @@ class GridVAE(Tokenizer):
         del length
         mean, log_variance = self.vae.encode(2 * batch - 1)
         if self.config.sample_posterior:
-            # One draw for every item, so that an item's vectors do not depend on the batch it is in.
-            noise = torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(mean.device)
-            mean = mean + (0.5 * log_variance).exp() * noise
+            mean = mean + (0.5 * log_variance).exp() * draw_once(mean.shape[1:], seed, mean.device)
         vectors = mean.flatten(2).transpose(1, 2).contiguous()
         ids = torch.zeros(len(mean), 0, vectors.shape[1], dtype=torch.long, device=mean.device)
         return Codes(ids, extras={"vectors": vectors})
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         del ids
-        grid, vectors = self.config.grid, extras.get("vectors")
-        expected = (len(lengths), grid**2, self.config.latent_channels)
-        if vectors is None or vectors.shape != expected:
-            got = "none" if vectors is None else tuple(vectors.shape)
-            raise TokensError(f"expected extras['vectors'] of shape {expected}, got {got}: this tokenizer has no ids")
+        grid = self.config.grid
+        vectors = vectors_of(extras, (len(lengths), grid**2, self.config.latent_channels))
         latents = vectors.to(self.dtype).transpose(1, 2).unflatten(2, (grid, grid))
         return ((self.vae.decode(latents) + 1) / 2).clamp(0, 1)
 

@@ -39,8 +39,9 @@ from tokenzoo.encoders.autoencoder_kl import DIFFUSERS_KEYS, AutoencoderKL
 from tokenzoo.kernels import fsq_codes, fsq_quantize
 from tokenzoo.tokenizers import Codes, ConfigError, Output, Tokenizer, TokenizerConfig, Tokens, TokensError
 from tokenzoo.tokenizers.adapter import Adapter
+from tokenzoo.tokenizers.image._common import alignment_features, check_frozen, draw_once, projector
 from tokenzoo.tokenizers.image._flextok_config import config_from_published
-from tokenzoo.tokenizers.image._flow import Sampling, integrate, noise_of
+from tokenzoo.tokenizers.image._flow import Sampling, as_seed, integrate, noise_of, widened
 from tokenzoo.tokenizers.images import Images
 from tokenzoo.tokenizers.spec import Modality
 
@@ -401,7 +402,7 @@ class FlexTok(Tokenizer):
         self.decoder = FlowDecoder(config)
         self.alignment = None
         if config.alignment_network:
-            self.alignment = _projector(config.decoder_dim, config.alignment_dim)
+            self.alignment = projector(config.decoder_dim, 2 * config.decoder_dim, config.alignment_dim)
         _initialize(self)
         self.sampling = Sampling(config.steps, config.guidance, config.guidance_method)
         self.features: Callable[[Tensor], Tensor] | None = None
@@ -418,26 +419,33 @@ class FlexTok(Tokenizer):
             seeds: One for all of them, or one per item.
 
         Raises:
-            TokensError: If there are more or fewer seeds than items.
+            TokensError: If there are more or fewer seeds than items, or one is no int64.
         """
-        each = list(seeds) if isinstance(seeds, Sequence) else [seeds] * len(tokens)
-        if len(each) != len(tokens) or not all(isinstance(seed, int) for seed in each):
-            raise TokensError(f"expected a whole number, or one for each of {len(tokens)} items, got {seeds!r}")
+        try:
+            each = [as_seed(seed) for seed in seeds]  # type: ignore[union-attr]
+        except TypeError:
+            each = [as_seed(seeds)] * len(tokens)
+        if len(each) != len(tokens) or None in each:
+            raise TokensError(
+                f"expected a whole number of 64 bits with a sign, or one for each of {len(tokens)} items, got {seeds!r}"
+            )
         return dataclasses.replace(tokens, extras={**tokens.extras, "seed": torch.tensor(each, dtype=torch.long)})
 
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
         del length  # the registers are computed together; the caller cuts them off
         noise = None
         if self.config.sample_posterior:
-            # One draw for every item, so that an item's ids do not depend on the batch it is in.
-            noise = noise_of([seed], self._latent_shape)
+            noise = draw_once(self._latent_shape, seed, batch.device)
         vectors = self.encoder(self.latents(batch, noise))
         return Codes(fsq_quantize(vectors, self.config.levels).ids[:, None])
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         del lengths
-        seeds = extras["seed"].tolist() if "seed" in extras else [self.sampling.seed] * len(ids)
-        noise = noise_of(seeds, self._latent_shape).to(ids.device)
+        seeds = extras.get("seed", torch.full((len(ids),), int(self.sampling.seed)))
+        if seeds.shape != (len(ids),) or seeds.dtype != torch.long:
+            got = f"{seeds.dtype} {tuple(seeds.shape)}"
+            raise TokensError(f"expected extras['seed'], int64 {(len(ids),)}, got {got}: use with_seed")
+        noise = noise_of(seeds.tolist(), self._latent_shape).to(ids.device)
         return self.pixels(self.denoise(fsq_codes(ids[:, 0], self.config.levels), noise)).clamp(0, 1)
 
     @property
@@ -451,7 +459,7 @@ class FlexTok(Tokenizer):
             return images * self.config.scaling_factor
         mean, log_variance = self.vae.encode(images)
         if noise is not None:
-            mean = mean + (0.5 * log_variance).exp() * noise.to(mean.device)
+            mean = mean + (0.5 * log_variance).exp() * noise
         return (mean * self.config.scaling_factor).to(images.dtype)
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -473,9 +481,14 @@ class FlexTok(Tokenizer):
     def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:
         """Squared error of the velocity at a random time, given a prefix of random length, and the alignment loss.
 
-        The autoencoder is not trained: give the optimizer the rest. In eval mode all tokens are kept.
+        The autoencoder is not trained: freeze `vae.*` in the recipe. In eval mode all tokens are kept.
+
+        Raises:
+            ConfigError: If the autoencoder is not frozen in training, or `features` have another shape than the config says.
         """
         del progress
+        if self.training and self.vae is not None:
+            check_frozen(self.vae, "vae")
         config, size = self.config, len(batch)
         draw = _Draws(generator, batch.device)
         with torch.no_grad():
@@ -502,9 +515,7 @@ class FlexTok(Tokenizer):
     def _alignment_loss(self, hidden_states: Tensor, images: Tensor) -> Tensor:
         """1 minus the mean cosine similarity between projected patches of the decoder and the features of the images."""
         if self.features is None:
-            from tokenzoo.encoders.vision import VisionFeatures
-
-            self.features = VisionFeatures.load(self.config.alignment_network, self.config.grid)
+            self.features = alignment_features(self.config.alignment_network, self.config.grid)
         wanted = self.features(images)
         expected = (*hidden_states.shape[:2], self.config.alignment_dim)
         if wanted.shape != expected:
@@ -533,14 +544,14 @@ def prefix_lengths(sampling: str, num_tokens: int, uniform: Tensor) -> Tensor:
         return 2 ** (uniform * num_tokens.bit_length()).long()
     lengths = 1 + (uniform * num_tokens).long()
     if sampling == "uniform_pow2":
-        lengths = 2 ** (lengths - 1).double().add(0.5).log2().ceil().clamp_min(0).long()
+        lengths = 2 ** widened(lengths - 1).add(0.5).log2().ceil().clamp_min(0).long()
     return lengths.clamp(max=num_tokens)
 
 
 def flow_times(sampling: str, mode_scale: float, uniform: Tensor) -> Tensor:
     """Times in [0, 1], float32 `[B]`, from uniform numbers: bent by a cosine, or through the normal distribution."""
     if sampling == "logit_normal":
-        return torch.sigmoid(torch.special.ndtri(uniform.double().clamp(1e-9, 1 - 1e-9))).float()
+        return torch.sigmoid(torch.special.ndtri(widened(uniform).clamp(1e-9, 1 - 1e-9))).float()
     return 1 - uniform - mode_scale * (torch.cos(math.pi / 2 * uniform).square() - 1 + uniform)
 
 
@@ -564,11 +575,6 @@ def sines_and_cosines(dim: int, rows: int, columns: int) -> Tensor:
     parts = [f(angles)[:, :, None].expand(-1, -1, columns) for angles in [row] for f in (torch.sin, torch.cos)]
     parts += [f(angles)[:, None, :].expand(-1, rows, -1) for angles in [column] for f in (torch.sin, torch.cos)]
     return torch.cat(parts)[None]
-
-
-def _projector(dim: int, out_dim: int) -> nn.Sequential:
-    hidden = 2 * dim
-    return nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_dim))
 
 
 def _initialize(tokenizer: FlexTok) -> None:

@@ -10,7 +10,7 @@ VQGAN, whose 1,024 codes the decoder predicts, or MAR's KL-16, whose latents it 
 12 compared by cosine, or vectors of that width, in `Tokens.extras["vectors"]`.
 
 The kept tokens are those that are not halted, in order; which of the `num_tokens` places they have is in
-`Tokens.extras["kept"]`, bool `[B, N]`. They are mostly, but not always, the first ones.
+`Tokens.extras["kept"]`, bool `[B, N]`, and goes with the ids wherever they go: they are mostly, but not always, the first.
 
 Here, unlike there: tokens come out of `encode` and `decode` takes them; halted tokens are left out instead of masked, which is
 the same for an item alone and, unlike the reference's mask, right for batches; the mean of KL-16's posterior is encoded, so
@@ -23,6 +23,7 @@ and width in pixels, h w of the grid.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from tokenzoo.encoders.vit import Transformer
 from tokenzoo.kernels import nearest
 from tokenzoo.tokenizers import Codes, Output, Tokenizer, TokenizerConfig, Tokens, TokensError
 from tokenzoo.tokenizers.adapter import Adapter
+from tokenzoo.tokenizers.image._common import check_frozen, draw_once, vectors_of
 from tokenzoo.tokenizers.images import Images
 from tokenzoo.tokenizers.quality import l1, psnr
 from tokenzoo.tokenizers.quantizers import VectorQuantizer
@@ -221,9 +223,10 @@ class VQGAN(MaskGITVQGAN):
 
     def distance(self, cells_BLD: Tensor, features: Tensor) -> Tensor:
         """How far logits are from the codes of features: cross entropy and the squared error of expected codes."""
-        ids = nearest(features.flatten(2).mT, self.codebook)
+        ids = nearest(features.flatten(2).mT, self.codebook.detach())
         entropy = F.cross_entropy(cells_BLD.float().mT, ids, label_smoothing=_LABEL_SMOOTHING)
-        return entropy + F.mse_loss((cells_BLD.softmax(-1) @ self.codebook).float(), self.codebook[ids].float())
+        codebook = self.codebook.detach()
+        return entropy + F.mse_loss((cells_BLD.softmax(-1) @ codebook).float(), codebook[ids].float())
 
 
 class KL(KL16):
@@ -387,9 +390,7 @@ class KARL(Tokenizer):
     def _features(self, images: Tensor, seed: int) -> Tensor:
         noise = None
         if self.config.sample_posterior:
-            # One draw for every item, so that an item's tokens do not depend on the batch it is in.
-            shape = (self.config.pixel_dim, self.config.grid, self.config.grid)
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(images.device)
+            noise = draw_once((self.config.pixel_dim, self.config.grid, self.config.grid), seed, images.device)
         return self.pixel.features(images, noise)
 
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
@@ -407,9 +408,10 @@ class KARL(Tokenizer):
         """Each budget by itself: it decides what the encoder sees, so that a longer code cannot be cut down to it."""
         batch = batch.to(self.device, self.dtype)
         if target is not None:
-            codes = self.encode_at(batch, error=target["l1"], budget=self.config.num_tokens, seed=seed)
-            level = self.config.levels[int(self.encoder.level(torch.tensor([target["l1"]], device=batch.device)))]
-            meta = [{**facts, "target": {"asked": target["l1"], "level": level}} for facts in meta]
+            asked = float(target["l1"])
+            codes = self.encode_at(batch, error=asked, budget=self.config.num_tokens, seed=seed)
+            level = self.config.levels[int(self.encoder.level(torch.tensor([asked], device=batch.device)))]
+            meta = [{**facts, "target": {"asked": asked, "level": level}} for facts in meta]
             return self._tokens(codes, meta)
         parts, order = [], []
         for budget in sorted({*budgets}) if budgets else [None]:
@@ -428,7 +430,7 @@ class KARL(Tokenizer):
             return
         if set(target) != {"l1"}:
             raise TokensError(f"KARL is asked for a mean absolute error, target={{'l1': ...}}, and nothing else, got {target}")
-        if not (isinstance(target["l1"], (int, float)) and target["l1"] > 0):
+        if not (isinstance(target["l1"], Real) and not isinstance(target["l1"], bool) and 0 < target["l1"] < math.inf):
             raise TokensError(f"expected a positive mean absolute error, got target={target}")
 
     # -- decode
@@ -444,14 +446,17 @@ class KARL(Tokenizer):
         return self.pixel.images(cells, self.config.grid).clamp(0, 1)
 
     def _places_kept(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
-        """Bool `[B, N]`: the places of the first `lengths` kept tokens; the first places where there is no mask."""
+        """Bool `[B, N]`: the places of the first `lengths` kept tokens; all places where all tokens are there."""
         batch, num_tokens = len(lengths), self.config.num_tokens
         kept = extras.get("kept")
-        if kept is None and self.quantizer is not None:
+        if kept is None and self.quantizer is not None and bool((lengths == num_tokens).all()):
             kept = torch.ones(batch, num_tokens, dtype=torch.bool, device=ids.device)
         if kept is None or kept.shape != (batch, num_tokens) or kept.dtype != torch.bool:
             got = "none" if kept is None else f"{kept.dtype} {tuple(kept.shape)}"
-            raise TokensError(f"expected extras['kept'], bool {(batch, num_tokens)}: which tokens these are, got {got}")
+            raise TokensError(
+                f"expected extras['kept'], bool {(batch, num_tokens)}, got {got}: tokens of KARL do not say which of "
+                f"{num_tokens} places they have; hand the extras on with the ids, as in Tokens.unflatten(..., extras=...)"
+            )
         if self.quantizer is not None:
             if bool((kept.sum(1) < lengths[:, 0]).any()):
                 raise TokensError("expected extras['kept'] to have a place for every token, got more tokens than places")
@@ -464,10 +469,7 @@ class KARL(Tokenizer):
         """What the decoder reads, `[B, L, C]`."""
         if self.quantizer is not None:
             return self.quantizer.lookup(ids[:, 0])
-        vectors, expected = extras.get("vectors"), (len(places), self.config.num_tokens, self.config.token_dim)
-        if vectors is None or vectors.shape != expected:
-            got = "none" if vectors is None else tuple(vectors.shape)
-            raise TokensError(f"expected extras['vectors'] of shape {expected}, got {got}: this tokenizer has no ids")
+        vectors = vectors_of(extras, (len(places), self.config.num_tokens, self.config.token_dim))
         return vectors.gather(1, places[..., None].expand(-1, -1, vectors.shape[2]))
 
     # -- training
@@ -479,16 +481,22 @@ class KARL(Tokenizer):
         tokens reach on this image. Then all tokens and that error asked for: the first n shall be active and the rest
         halted, and the image shall be made from what is not. Both passes are scored on latents or pixels (`config.training`)
         and on codes. What is published for pixels beyond that, a perceptual and an adversarial network, is left to
-        `extra_losses`. In the first stage the autoencoder is not trained: freeze `pixel.*` in the recipe.
+        `extra_losses`. On latents the autoencoder is not trained: freeze `pixel.*` in the recipe.
 
         The strict level of the first pass is drawn among those up to 0.04, ever more often the lowest: there by a running
         count of errors seen, here by `progress`, so that a resumed run needs no such state.
+
+        Raises:
+            ConfigError: If the autoencoder is not frozen in training on latents.
         """
-        config = self.config
+        config, on_pixels = self.config, self.config.training == "pixels"
+        if self.training and not on_pixels:
+            check_frozen(self.pixel, "pixel")
         device = generator.device if generator is not None else torch.device("cpu")
         cells = (len(batch), config.pixel_dim, config.grid, config.grid)
         noise = torch.randn(cells, generator=generator, device=device).to(batch.device)
-        features = self.pixel.features(batch, noise)
+        with torch.set_grad_enabled(on_pixels and torch.is_grad_enabled()):
+            features = self.pixel.features(batch, noise)
         step = max(1, config.num_tokens // 16)
         most = min(config.num_slots, config.num_tokens + config.num_tokens // 2 - step) // step
         budget = step * int(torch.randint(1, max(1, most) + 1, (), generator=generator, device=device))

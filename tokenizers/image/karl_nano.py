@@ -13,8 +13,10 @@ tokens are always the first ones.
 Shapes: B batch, N tokens, K kept coefficients, H W pixels.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -150,15 +152,15 @@ class KARLNano(OneDPieceNano):
         if budgets is not None or (target is not None and set(target) != {"l1"}):
             return super()._encode_batch(batch, meta, budgets, target, seed)
         if target is not None:
-            meta = [{**facts, "target": {"asked": target["l1"]}} for facts in meta]
-        error = self.config.default_error if target is None else target["l1"]
+            meta = [{**facts, "target": {"asked": float(target["l1"])}} for facts in meta]
+        error = self.config.default_error if target is None else float(target["l1"])
         ids, lengths = self.encode_at(batch.to(self.device, self.dtype), error)
         return Tokens(ids, lengths, self.info, meta=meta).to("cpu")
 
     def _check_target(self, target: Mapping[str, float] | None) -> None:
         super()._check_target(target)
         error = (target or {}).get("l1", 1)
-        if not (isinstance(error, (int, float)) and error > 0):
+        if not (isinstance(error, Real) and not isinstance(error, bool) and 0 < error < math.inf):
             raise TokensError(f"expected a positive mean absolute error, got target={target}")
 
     def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:

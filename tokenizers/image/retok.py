@@ -30,6 +30,7 @@ from tokenzoo.encoders.qformer import QueryTransformer, multi_level_queries
 from tokenzoo.encoders.vqgan import ConvEncoder, StyledDecoder
 from tokenzoo.tokenizers import Codes, ConfigError, Output, Tokenizer, TokenizerConfig
 from tokenzoo.tokenizers.adapter import Adapter
+from tokenzoo.tokenizers.image._common import alignment_features, projector
 from tokenzoo.tokenizers.images import Images
 from tokenzoo.tokenizers.learning import keep_in_use
 from tokenzoo.tokenizers.quality import psnr
@@ -271,7 +272,9 @@ class ReToK(Tokenizer):
         self.token_encoder = TokenEncoder(config)
         self.token_decoder = TokenDecoder(config)
         self.conv_decoder = StyledDecoder(*shape)
-        self.alignment = _projector(config.decoder_dim, config.alignment_dim) if config.alignment_network else None
+        self.alignment = None
+        if config.alignment_network:
+            self.alignment = projector(config.decoder_dim, 4 * config.decoder_dim, config.alignment_dim)
         self.quantizer = VectorQuantizer(
             config.codebook_size,
             config.token_dim,
@@ -336,21 +339,13 @@ class ReToK(Tokenizer):
     def _alignment_distance(self, projected: Tensor, images: Tensor) -> Tensor:
         """1 minus the mean cosine similarity between the projected layer and the features of the images."""
         if self.features is None:
-            from tokenzoo.encoders.vision import VisionFeatures
-
-            self.features = VisionFeatures.load(self.config.alignment_network, self.config.grid)
+            self.features = alignment_features(self.config.alignment_network, self.config.grid)
         with torch.no_grad():
             wanted = self.features(images)
         if wanted.shape != projected.shape:
             network = self.config.alignment_network
             raise ConfigError(f"expected features {tuple(projected.shape)} of {network}, got {tuple(wanted.shape)}")
         return 1 - F.cosine_similarity(projected.float(), wanted.float(), dim=-1).mean()
-
-
-def _projector(dim: int, out_dim: int) -> nn.Sequential:
-    """REPA's projection (https://arxiv.org/abs/2410.06940)."""
-    wide = 4 * dim
-    return nn.Sequential(nn.Linear(dim, wide), nn.SiLU(), nn.Linear(wide, wide), nn.SiLU(), nn.Linear(wide, out_dim))
 
 
 def _positions(length: int, dim: int) -> nn.Parameter:

@@ -31,6 +31,7 @@ from tokenzoo.encoders.maskgit_vqgan import PixelDecoder
 from tokenzoo.encoders.vit import Transformer
 from tokenzoo.tokenizers import Codes, ConfigError, Output, Tokenizer, TokenizerConfig, TokensError
 from tokenzoo.tokenizers.adapter import Adapter
+from tokenzoo.tokenizers.image._common import draw_once, vectors_of
 from tokenzoo.tokenizers.image.maskgit_vqgan import VQGAN
 from tokenzoo.tokenizers.images import Images
 from tokenzoo.tokenizers.learning import keep_in_use
@@ -351,9 +352,7 @@ class TiTok(Tokenizer):
             return Codes(self.quantizer.ids(latents_BNC)[:, None])
         mean, log_variance = _posterior(latents_BNC)
         if self.config.sample_posterior:
-            # One draw for every item, so that an item's vectors do not depend on the batch it is in.
-            noise = torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(mean.device)
-            mean = mean + (0.5 * log_variance).exp() * noise
+            mean = mean + (0.5 * log_variance).exp() * draw_once(mean.shape[1:], seed, mean.device)
         return Codes(torch.zeros(len(mean), 0, mean.shape[1], dtype=torch.long, device=mean.device), extras={"vectors": mean})
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
@@ -366,11 +365,7 @@ class TiTok(Tokenizer):
             if ids.shape[2] != config.num_tokens and self._describe().get("variable", "none") == "none":
                 raise TokensError(f"expected all {config.num_tokens} tokens of an image, got {ids.shape[2]}: encode it again")
             return self.quantizer.lookup(ids[:, 0]).to(self.dtype)
-        vectors, expected = extras.get("vectors"), (len(lengths), config.num_tokens, config.token_dim)
-        if vectors is None or vectors.shape != expected:
-            got = "none" if vectors is None else tuple(vectors.shape)
-            raise TokensError(f"expected extras['vectors'] of shape {expected}, got {got}: this tokenizer has no ids")
-        return vectors.to(self.dtype)
+        return vectors_of(extras, (len(lengths), config.num_tokens, config.token_dim)).to(self.dtype)
 
     def learn_from(self, teacher: Tokenizer) -> None:
         """Makes `objective` the first stage of the published recipe: predicting the codes of MaskGIT's VQGAN.
@@ -379,7 +374,8 @@ class TiTok(Tokenizer):
         `decoder.head.pixel_decoder.*`); for the second stage freeze `encoder.*` and `quantizer.*` instead, without a teacher.
 
         Args:
-            teacher: A trained VQGAN whose grid, codebook and decoder are those that this config says.
+            teacher: A trained VQGAN whose grid, codebook and decoder are those that this config says. It is used as it is, not
+                copied: it is frozen here, and moved to the device and dtype of the images that `objective` gets.
 
         Raises:
             ConfigError: If this is no legacy model, or the teacher is another network.
@@ -405,7 +401,7 @@ class TiTok(Tokenizer):
         with torch.no_grad():
             self.decoder.head.codebook.copy_(teacher.quantizer.codebook)
         self.decoder.head.pixel_decoder.load_state_dict(teacher.decoder.state_dict())
-        self.proxy_codes = teacher.eval().requires_grad_(False).codes
+        self.proxy_codes = partial(_codes, teacher.eval().requires_grad_(False))
 
     def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:
         """The quantizer's loss or the weighted KL divergence, and what the decoder gets wrong.
@@ -449,6 +445,10 @@ class TiTok(Tokenizer):
         error = F.mse_loss(reconstruction.float(), batch.float())
         quality = psnr(reconstruction.detach().clamp(0, 1), batch).mean()
         return Output(reconstruction, {"reconstruction": error, **losses}, {"psnr": quality, **metrics})
+
+
+def _codes(teacher: VQGAN, images: Tensor) -> Tensor:
+    return teacher.to(images.device, images.dtype).codes(images)
 
 
 def _posterior(latents_BNC: Tensor) -> tuple[Tensor, Tensor]:

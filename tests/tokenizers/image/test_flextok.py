@@ -6,12 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tokenzoo.kernels import fsq_codes
 from tokenzoo.tokenizers import ConfigError, Tokens, TokensError
-from tokenzoo.tokenizers.image._flow import Sampling
+from tokenzoo.tokenizers.image._flow import Sampling, widened
 from tokenzoo.tokenizers.image.flextok import (
     FlexTok,
     FlexTokConfig,
@@ -57,6 +58,12 @@ def tiny(**changes):
     for name, parameter in tok.named_parameters():
         if not name.startswith("vae."):
             torch.nn.init.normal_(parameter, std=0.5 if parameter.dim() > 1 else 0.2)
+    return tok
+
+
+def freeze_autoencoder(tok):
+    for name, parameter in tok.named_parameters():
+        parameter.requires_grad_(not name.startswith("vae."))
     return tok
 
 
@@ -222,6 +229,12 @@ CHANGES = [
     (("pipeline", "out_channels"), 3, "another graph"),
     (("regularizer", "levels"), None, "lacks 'levels'"),
     (("regularizer",), 3, "to be an object"),
+    (("regularizer", "levels"), 5, "published config of a FlexTok"),
+    (("encoder", "module_dict", "enc_patch_emb", "patch_sizes"), 2, "published config of a FlexTok"),
+    (("decoder", "module_dict", "dec_registers_posemb_module", "max_sizes"), 256, "published config of a FlexTok"),
+    (("decoder", "module_dict", "dec_registers_posemb_module", "max_sizes"), [], "published config of a FlexTok"),
+    (("vae", "scaling_factor"), [1], "published config of a FlexTok"),
+    (("vae", "hf_hub_path"), "org/vae", "its config.json is needed"),
 ]
 
 
@@ -306,9 +319,14 @@ def test_every_item_has_its_own_seed(tmp_path):
     tok.sampling = dataclasses.replace(tok.sampling, seed=5)
     assert torch.equal(tok.decode(tokens)[0], images[1])
     assert torch.equal(tok.decode(tok.with_seed(tokens, 4))[1], images[0])
-    for seeds in ([1, 2], [1, 2, "3"], 0.5):
+    assert tok.with_seed(tokens, np.array([4, 5, 4])).extras["seed"].tolist() == [4, 5, 4]
+    assert tok.with_seed(tokens, [np.int32(1), torch.tensor(2), -(2**63)]).extras["seed"].tolist() == [1, 2, -(2**63)]
+    for seeds in ([1, 2], [1, 2, "3"], 0.5, "123", True, [1, True, 2], 2**63, np.array([0.5, 1, 2]), np.array([True] * 3)):
         with pytest.raises(TokensError, match="3 items"):
             tok.with_seed(tokens, seeds)
+    for extra in (torch.zeros(3, 2, dtype=torch.long), torch.zeros(3), torch.zeros(3, dtype=torch.int32)):
+        with pytest.raises(TokensError, match=r"extras\['seed'\], int64"):
+            tok.decode(dataclasses.replace(tokens, extras={"seed": extra}))
 
 
 def test_steps_and_guidance_are_the_users():
@@ -320,7 +338,9 @@ def test_steps_and_guidance_are_the_users():
         images.append(tok.decode(tokens)[0])
         assert torch.equal(tok.decode(tokens)[0], images[-1])
     assert not any(torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
-    for wrong in ({"steps": 0}, {"steps": 2.5}, {"steps": True}, {"guidance": "7"}, {"method": "pag"}, {"seed": 1.5}):
+    assert Sampling(guidance=np.float32(2)).strength(0.5) == 2
+    wrongs = [{"steps": 0}, {"steps": 2.5}, {"steps": True}, {"method": "pag"}, {"seed": 1.5}, {"seed": True}, {"seed": 2**63}]
+    for wrong in (*wrongs, *({"guidance": value} for value in ("7", True, math.nan, math.inf, None))):
         with pytest.raises(ConfigError):
             Sampling(**wrong)
 
@@ -414,7 +434,7 @@ def test_patches_and_positions():
 @pytest.mark.parametrize("changes", [{}, {**PIXELS, "patch_size": 4, "encoder_table": (8, 8), "decoder_table": (8, 8)}])
 def test_training_learns_and_reaches_every_weight(changes):
     torch.manual_seed(0)
-    tok = FlexTok(FlexTokConfig(**{**TINY, "decoder_dim": 64, **changes})).train()
+    tok = freeze_autoencoder(FlexTok(FlexTokConfig(**{**TINY, "decoder_dim": 64, **changes})).train())
     batch = torch.rand(8, 3, 1, 1).expand(8, 3, 32, 32).contiguous()
     optimizer = torch.optim.Adam([p for n, p in tok.named_parameters() if not n.startswith("vae.")], lr=3e-3)
     generator, history, touched = torch.Generator().manual_seed(0), [], set()
@@ -430,7 +450,7 @@ def test_training_learns_and_reaches_every_weight(changes):
 
 
 def test_training_draws_from_the_generator_alone():
-    tok, batch = tiny().train(), torch.rand(4, 3, 32, 32)
+    tok, batch = freeze_autoencoder(tiny().train()), torch.rand(4, 3, 32, 32)
     losses = [float(tok(batch, generator=torch.Generator().manual_seed(seed)).loss.detach()) for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
     lengths = tok.eval()(batch, generator=torch.Generator().manual_seed(1))
@@ -456,7 +476,7 @@ def test_times_in_training(sampling):
 
 
 def test_alignment_with_the_features_of_another_network():
-    tok = tiny(alignment_network="vit", alignment_dim=5, alignment_layer=2).train()
+    tok = freeze_autoencoder(tiny(alignment_network="vit", alignment_dim=5, alignment_layer=2).train())
     seen = []
 
     def features(images):
@@ -474,3 +494,21 @@ def test_alignment_with_the_features_of_another_network():
     tok.features = lambda images: torch.zeros(len(images), 9, 5)
     with pytest.raises(ConfigError, match=r"expected features \(2, 16, 5\)"):
         tok(torch.rand(2, 3, 32, 32))
+
+
+def test_training_demands_a_frozen_autoencoder():
+    tok = tiny().train()
+    batch = torch.rand(2, 3, 32, 32)
+    with pytest.raises(ConfigError, match=r"vae\.\*"):
+        tok(batch)
+    freeze_autoencoder(tok)(batch).loss.backward()
+    assert tok.eval()(batch).loss.isfinite()
+
+
+def test_devices_without_float64_get_float32():
+    for kind, dtype in (("cpu", torch.float64), ("mps", torch.float32)):
+
+        class Elsewhere(torch.Tensor):
+            device = torch.device(kind)
+
+        assert widened(torch.ones(2).as_subclass(Elsewhere)).dtype == dtype

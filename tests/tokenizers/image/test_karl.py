@@ -1,5 +1,7 @@
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -241,11 +243,17 @@ def test_cut_tokens_keep_their_first_places():
         assert torch.equal(a, b)
 
 
-def test_ids_without_a_mask_are_the_first_tokens():
+def test_ids_need_their_places_unless_all_are_there():
     tok = tiny()
-    ids = torch.randint(32, (1, 1, 5))
-    plain = Tokens(ids, torch.tensor([[5]]), tok.info)
-    masked = dataclasses.replace(plain, extras={"kept": torch.arange(16)[None] < 5})
+    tokens = tok.encode(pictures(tok, 1), target={"l1": 0.1})
+    assert tokens.lengths[0, 0] < 16
+    flat = tokens.flatten("interleaved")
+    with pytest.raises(TokensError, match=r"got none: tokens of KARL .* extras"):
+        tok.decode(Tokens.unflatten(flat, tok.info, "interleaved"))
+    carried = Tokens.unflatten(flat, tok.info, "interleaved", extras=tokens.extras)
+    assert torch.equal(tok.decode(carried)[0], tok.decode(dataclasses.replace(tokens, meta=carried.meta))[0])
+    plain = Tokens(torch.randint(32, (1, 1, 16)), torch.tensor([[16]]), tok.info)
+    masked = dataclasses.replace(plain, extras={"kept": torch.ones(1, 16, dtype=torch.bool)})
     assert torch.equal(tok.decode(plain)[0], tok.decode(masked)[0])
 
 
@@ -276,8 +284,10 @@ def test_masks_and_vectors_that_do_not_fit_are_refused():
     [
         ({"target": {"psnr": 20}}, r"target=\{'l1': \.\.\.\}, and nothing else"),
         ({"target": {"l1": 0.1, "ssim": 0.5}}, "nothing else"),
-        ({"target": {"l1": 0}}, "positive"),
-        ({"target": {"l1": "low"}}, "positive"),
+        ({"target": {"l1": 0}}, r"positive|finite"),
+        ({"target": {"l1": "low"}}, r"positive|finite"),
+        ({"target": {"l1": True}}, r"positive|finite"),
+        ({"target": {"l1": math.inf}}, r"positive|finite"),
         ({"length": 17}, "1 to 16"),
         ({"length": 0}, "1 to 16"),
     ],
@@ -404,3 +414,22 @@ def test_extra_losses_count_for_both_passes():
     output = tok(pictures(tok, 2), generator=torch.Generator().manual_seed(0))
     assert float(output.losses["blue"].detach()) > 0
     assert not [name for name in tok.state_dict() if "blue" in name]
+
+
+def test_targets_may_be_of_any_type_of_real_number():
+    tok = tiny()
+    image = pictures(tok, 1)
+    assert tok.encode(image, target={"l1": np.float32(0.25)}).equal(tok.encode(image, target={"l1": 0.25}))
+
+
+@pytest.mark.parametrize("kind", ["vqgan_vq", "vae_vq"])
+def test_training_on_latents_sends_nothing_into_its_own_targets(kind):
+    tok = tiny(kind, training="latents")
+    batch = pictures(tok, 2)
+    tok(batch, generator=torch.Generator().manual_seed(0)).loss.backward()
+    assert not [name for name, p in tok.pixel.named_parameters() if p.grad is not None]
+    assert tok.decoder.head[0].weight.grad.any()
+    with pytest.raises(ConfigError, match=r"pixel\.\*"):
+        tok.train()(batch)
+    tok.pixel.requires_grad_(False)
+    tok(batch)

@@ -122,6 +122,13 @@ def test_the_first_stage_learns_the_teachers_codes(teacher, cls, config):
     assert output.metrics["proxy_accuracy"] > 0.3
 
 
+def test_the_teacher_follows_the_images(teacher):
+    tok, batch = student(), colours(2)
+    tok.learn_from(teacher)
+    loss = tok(batch).losses["proxy"]
+    torch.testing.assert_close(tok.double()(batch.double()).losses["proxy"].float(), loss, rtol=0, atol=1e-4)
+
+
 def test_the_pixel_half_is_the_teachers(teacher):
     tok = student()
     tok.learn_from(teacher)

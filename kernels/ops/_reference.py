@@ -4,15 +4,16 @@ Distances are compared as |c|^2 - 2 x.c after the mean of the codebook is taken 
 of rows at a time into the same memory, and lets NumPy find the largest: its argmax is vectorised, torch's is not.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _CHUNK_SCORES = 1 << 20
-_LEAST_ROWS = 16
+_FEW_ROWS = 16
 
 
 def centred(codebook: Tensor, *, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,15 +33,22 @@ def centred(codebook: Tensor, *, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
     return mean, torch.where(usable[:, None], entries, 0), bias
 
 
+def full_precision(device: str) -> AbstractContextManager[None]:
+    """Products in float32, whatever autocast or `torch.set_float32_matmul_precision` say: coarser ones have other ids."""
+    if torch.compiler.is_compiling():
+        return torch.autocast(device, enabled=False)
+    if torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return _full_precision(device)
+
+
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of float32 in float32, whatever `torch.set_float32_matmul_precision` allows: coarser ones have other ids."""
-    if torch.compiler.is_compiling() or (allowed := torch.get_float32_matmul_precision()) == "highest":
-        yield
-        return
+def _full_precision(device: str) -> Iterator[None]:
+    allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(allowed)
 
@@ -51,22 +59,38 @@ def pack(entries: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
     return mean, torch.cat([codes, bias[:, None]], 1).T.contiguous()
 
 
-def nearest(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> Tensor:
+def nearest(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> Tensor:  # noqa: ARG001 (as the others)
     """int64 `(N,)`: the entry with the smallest distance (`dot`: the largest product) for each row of `(N, D)`.
 
     Ties go to the lowest index, as do rows that are not finite; entries that are not finite are never chosen.
     """
     mean, table = packed
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_precision():
-        # A product with few rows may add up in another order for some columns than for others, and so break ties.
-        count = max(len(x), _LEAST_ROWS) if len(x) else 0
-        rows = F.pad(torch.cat([x - mean, x.new_ones(len(x), 1)], 1), (0, 0, 0, count - len(x)))
-        chunk = min(max(_LEAST_ROWS, _CHUNK_SCORES // size), max(1, count))
-        scores = x.new_empty(chunk, size)
-        ids = torch.zeros(count, dtype=torch.long, device=x.device)
-        for part, into in zip(rows.split(chunk), ids.split(chunk), strict=True):
-            _first_largest(torch.mm(part, table, out=scores[: len(part)]), into)
-        return torch.where(x.isfinite().all(1), ids[: len(x)], 0)
+    rows = x - mean
+    # The product of a single row may add up in another order for some columns than for others, and so break ties.
+    rows = torch.cat([rows, rows]) if len(x) == 1 else rows
+    with full_precision(x.device.type):
+        ids = _few(rows, table) if len(rows) <= _FEW_ROWS else _many(rows, table)
+    ids = ids[: len(x)]
+    # A sum that is finite has finite terms.
+    return ids if math.isfinite(float(rows.sum())) else torch.where(x.isfinite().all(1), ids, 0)
+
+
+def _few(rows: Tensor, table: Tensor) -> Tensor:
+    scores = torch.addmm(table[-1], rows, table[:-1])
+    ids = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    _first_largest(scores, ids)
+    return ids
+
+
+def _many(rows: Tensor, table: Tensor) -> Tensor:
+    rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    size = table.shape[1]
+    chunk = min(max(_FEW_ROWS, _CHUNK_SCORES // size), len(rows))
+    scores = rows.new_empty(chunk, size)
+    ids = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    for part, into in zip(rows.split(chunk), ids.split(chunk), strict=True):
+        _first_largest(torch.mm(part, table, out=scores[: len(part)]), into)
+    return ids
 
 
 def _first_largest(scores: Tensor, into: Tensor) -> None:

@@ -79,7 +79,7 @@ def projected_residual_quantize(
     if shapes != ((stages, narrow, wide), (stages, narrow), (stages, wide, narrow), (stages, wide)):
         raise ValueError(f"expected projections between {wide} and {narrow} for each of {stages} stages, got {shapes}")
     _check(x[..., :narrow], codebooks, narrow)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_precision():
+    with torch.no_grad(), full_precision(x.device.type):
         return _projected(x, codebooks, projections, metric)
 
 

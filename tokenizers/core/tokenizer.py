@@ -6,6 +6,7 @@ A system is an `nn.Module` that subclasses `Tokenizer` once and implements `_des
 
 import dataclasses
 import hashlib
+import math
 import operator
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -173,7 +174,7 @@ class Tokenizer(nn.Module):
 
         Args:
             media: One item or a list of items: a path, bytes, a PIL image, an array or a tensor, `(waveform, sample
-                rate)`, text; whatever this modality reads.
+                rate)`, text; whatever this modality reads. With an empty list, only the length and target are checked.
             length: Budget per item: tokens, or codebooks, whatever this tokenizer varies (`info.variable`). One for
                 all, or one per item.
             target: A quality to reach, such as `{"psnr": 28}`, `{"ssim": 0.9}` or `{"l1": 0.05}`; the shortest prefix
@@ -248,12 +249,10 @@ class Tokenizer(nn.Module):
     def _check_length(self, length: int | Sequence[int] | None, count: int) -> list[int] | None:
         if length is None:
             return None
-        try:
-            wanted = list(length) if isinstance(length, Sequence) else [length] * count
-            budgets = [operator.index(n) for n in wanted]
-        except TypeError:
-            budgets = []
-        if len(budgets) != count or any(isinstance(n, bool) for n in wanted):
+        many = isinstance(length, Sequence)
+        wanted = list(length) if isinstance(length, Sequence) else [length]
+        budgets = [operator.index(n) for n in wanted if hasattr(n, "__index__") and not isinstance(n, bool)]
+        if len(budgets) < len(wanted) or len(wanted) != (count if many else 1):
             raise TokensError(f"expected length= a whole number, or one for each of {count} items, got {length!r}")
         info = self._describe()
         if info.get("variable", "none") == "none" and info.get("max_tokens") is None:
@@ -266,7 +265,7 @@ class Tokenizer(nn.Module):
             if n < (lowest or 1) or (limit is not None and n > limit):
                 allowed = f"{lowest} to {limit}" if lowest != limit else f"{limit}, its fixed length"
                 raise TokensError(f"{self.name or self.architecture} encodes to {allowed} tokens, got length={n}")
-        return budgets
+        return budgets if many else budgets * count
 
     def _check_target(self, target: Mapping[str, float] | None) -> None:
         if target is None:
@@ -275,16 +274,18 @@ class Tokenizer(nn.Module):
             raise TokensError(f"{self.name or self.architecture} has a fixed length: target= needs one that varies")
         if not target:
             raise TokensError("expected a quality to reach, such as target={'psnr': 28}, got an empty target")
-        for name in target:
+        for name, wanted in target.items():
             if name not in self.qualities:
                 raise TokensError(
                     f"expected a target out of {', '.join(self.qualities)}, got {name!r}: add a measure of your own with "
                     f"tok.qualities[{name!r}] = Quality(function, higher_is_better=...)"
                 )
+            if not _is_finite(wanted):
+                raise TokensError(f"expected a finite number as the target {name!r}, got {wanted!r}")
 
     def _shorten(self, tokens: Tokens, original: Tensor, target: Mapping[str, float]) -> Tokens:
         """Batched bisection for the shortest prefix that meets every target; `high` always meets it or is all there is."""
-        low, high = torch.ones(len(tokens), dtype=torch.long), self._budgets_of(tokens)
+        low, high = torch.ones(len(tokens), dtype=torch.long), tokens.budgets.cpu()
         while bool((low < high).any()):
             open_ = (low < high).nonzero()[:, 0]
             middle = ((low + high) // 2)[open_]
@@ -307,11 +308,6 @@ class Tokenizer(nn.Module):
 
     def _met(self, reached: Mapping[str, Tensor], target: Mapping[str, float]) -> Tensor:
         return torch.stack([self.qualities[name].meets(reached[name], wanted) for name, wanted in target.items()]).all(0)
-
-    def _budgets_of(self, tokens: Tokens) -> Tensor:
-        """The longest budget of each item: its tokens, or its codebooks."""
-        lengths = tokens.lengths.cpu()
-        return (lengths > 0).sum(1) if tokens.spec.variable == "codebooks" else lengths.max(1).values
 
     # -- decode
 
@@ -414,6 +410,13 @@ class Tokenizer(nn.Module):
         from tokenzoo.tokenizers import pretrained
 
         return pretrained.load(cls, source, **options)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
 
 
 def _forget_digest(module: nn.Module, incompatible_keys: Any) -> None:

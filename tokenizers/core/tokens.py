@@ -87,9 +87,14 @@ class Tokens:
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
-        spread = f"{int(self.lengths.min())}..{int(self.lengths.max())}" if self.lengths.numel() else "none"
         name = self.spec.name or self.spec.architecture
-        return f"Tokens({len(self)} items of {name}, K={self.spec.num_codebooks}, lengths {spread})"
+        kind = f"K={self.spec.num_codebooks}" if self.spec.num_codebooks else "continuous"
+        try:
+            lengths = self.lengths if self.spec.num_codebooks else self.counts
+            spread = f"{int(lengths.min())}..{int(lengths.max())}" if lengths.numel() else "none"
+        except TokensError:
+            spread = "unknown"
+        return f"Tokens({len(self)} items of {name}, {kind}, lengths {spread})"
 
     @staticmethod
     def cat(batches: Sequence["Tokens"]) -> "Tokens":
@@ -188,14 +193,54 @@ class Tokens:
         return dataclasses.replace(self, ids=self.ids[..., :longest] * real, lengths=lengths)
 
     @property
+    def counts(self) -> Tensor:
+        """Tokens of each item, those of all codebooks together: int64 `[B]`; of a continuous tokenizer, vectors that are kept.
+
+        Raises:
+            TokensError: If the tokens are continuous, and neither `extras["kept"]` nor `extras["vectors"]` says how many.
+        """
+        if self.spec.num_codebooks:
+            return self.lengths.sum(1)
+        if "kept" in self.extras:
+            return self.extras["kept"].sum(1)
+        return self.lengths.new_full((len(self),), self._vectors.shape[1])
+
+    @property
+    def budgets(self) -> Tensor:
+        """The length of each item as `truncate` counts it: its codebooks, or the tokens of its longest one; int64 `[B]`.
+
+        Raises:
+            TokensError: As `counts`.
+        """
+        if self.spec.variable == "codebooks":
+            return (self.lengths > 0).sum(1)
+        return self.lengths.amax(1) if self.spec.num_codebooks else self.counts
+
+    @property
+    def _vectors(self) -> Tensor:
+        """What a continuous tokenizer has instead of ids: `[B, N, C]`; no items need none."""
+        vectors = self.extras.get("vectors", torch.zeros(0, 0, 0))
+        if len(vectors) != len(self) or vectors.dim() != 3:
+            name = self.spec.name or self.spec.architecture
+            raise TokensError(f"expected extras['vectors'] [{len(self)}, N, C]: tokens of {name} are continuous")
+        return vectors
+
+    @property
     def bits(self) -> Tensor:
-        """Information carried by each item's ids, in bits: sum of length * log2(codebook size), float64 `[B]`."""
+        """Information carried by each item's ids, in bits: sum of length * log2(codebook size), float64 `[B]`.
+
+        The vectors of a continuous tokenizer count with all bits of their numbers.
+        """
+        if not self.spec.num_codebooks:
+            return 8.0 * self.num_bytes.double()
         per_id = torch.tensor([math.log2(size) for size in self.spec.codebook_sizes], dtype=torch.float64)
         return (self.lengths.cpu() * per_id).sum(1)
 
     @property
     def num_bytes(self) -> Tensor:
-        """Bytes that each item's ids take when packed by themselves, header not counted: int64 `[B]`."""
+        """Bytes that each item's ids, or vectors that are kept, take by themselves, header not counted: int64 `[B]`."""
+        if not self.spec.num_codebooks:
+            return self.counts.cpu() * self._vectors.shape[2] * self._vectors.element_size()
         per_id = torch.tensor(self.spec.bits_per_id, dtype=torch.long)
         return ((self.lengths.cpu() * per_id).sum(1) + 7) // 8
 

@@ -119,6 +119,19 @@ def test_a_measure_of_the_users_own(tok):
         tok.encode(item, target={"l1": 0.1}, length=3)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "28", None])
+def test_a_target_is_a_finite_number(tok, value):
+    with pytest.raises(TokensError, match="expected a finite number as the target 'l1'"):
+        tok.encode(pictures(1), target={"l1": value})
+
+
+def test_no_items_are_encoded_to_none_but_length_and_target_are_checked(tok):
+    assert len(tok.encode([], length=3)) == len(tok.encode([], target={"l1": 0.1})) == len(tok.encode([], length=[])) == 0
+    for options in ({"length": 100}, {"length": "3"}, {"length": [3]}, {"target": {"lpips": 0.1}}):
+        with pytest.raises(TokensError):
+            tok.encode([], **options)
+
+
 def test_a_bad_item_is_named(tok):
     with pytest.raises(MediaError, match=r"item 1: .*NoneType"):
         tok.encode([pictures(1)[0], None])

@@ -162,6 +162,39 @@ def test_sizes():
     ).bits_per_second == pytest.approx(150)
 
 
+def continuous(**extras):
+    spec = TokenSpec(name="x.y", architecture="x", modality="image", codebook_sizes=(), variable="prefix", max_tokens=8)
+    return Tokens(torch.zeros(2, 0, 0).long(), torch.zeros(2, 0).long(), spec, extras)
+
+
+def test_how_many_tokens_there_are():
+    tokens = example().truncate([1, 2, 8])
+    assert tokens.counts.tolist() == tokens.budgets.tolist() == [1, 2, 8]
+    spec = TokenSpec(name="", architecture="a", modality="audio", codebook_sizes=(9, 9), strides=(2, 1), variable="codebooks")
+    two = Tokens(torch.zeros(2, 2, 4).long(), torch.tensor([[2, 4], [2, 0]]), spec)
+    assert (two.counts.tolist(), two.budgets.tolist()) == ([6, 2], [2, 1])
+    vectors, kept = torch.zeros(2, 8, 3), torch.arange(8) < torch.tensor([[5], [8]])
+    for tokens, counts in ((continuous(vectors=vectors, kept=kept), [5, 8]), (continuous(vectors=vectors), [8, 8])):
+        assert tokens.counts.tolist() == tokens.budgets.tolist() == counts
+        assert tokens.num_bytes.tolist() == [12 * n for n in counts]
+        assert tokens.bits.tolist() == [96 * n for n in counts]
+        assert f"continuous, lengths {counts[0]}..{counts[1]})" in repr(tokens)
+    for empty in (vectors[:0], None):
+        none = Tokens(
+            torch.zeros(0, 0, 0).long(), torch.zeros(0, 0).long(), tokens.spec, {} if empty is None else {"vectors": empty}
+        )
+        assert none.counts.tolist() == none.budgets.tolist() == none.num_bytes.tolist() == []
+        assert "lengths none" in repr(none)
+
+
+def test_continuous_tokens_without_vectors_do_not_tell_how_many_they_are():
+    tokens = continuous()
+    for name in ("counts", "budgets", "num_bytes", "bits"):
+        with pytest.raises(TokensError, match=r"tokens of x\.y are continuous"):
+            getattr(tokens, name)
+    assert "lengths unknown" in repr(tokens)
+
+
 @pytest.mark.parametrize(
     ("ids", "lengths"),
     [

@@ -4,6 +4,7 @@ Exit codes: 0 all went well; 1 some files failed, the rest is done; 2 nothing co
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tokenzoo.reporting import Row, err, out, places, print_json, print_rows, run_files, work_through
+from tokenzoo.reporting import Row, err, make_room, out, places, print_json, print_rows, printable, run_files, work_through
 
 if TYPE_CHECKING:
     from tokenzoo.tokenizers import Tokenizer, Tokens
@@ -122,6 +123,7 @@ def encode(
         raise TokensError(f"expected --format tok or safetensors, got {file_format!r}")
     qualities = _parse_target(target)
     tokenizer = load(model, device=device)
+    tokenizer.encode([], length=length, target=qualities)  # no picture has to be read to refuse these
     files = media.find(inputs, tokenizer.modality)
     where = places(files, output, f".{file_format}", (".tok", ".safetensors"))
 
@@ -185,6 +187,7 @@ def roundtrip(
 
     qualities = _parse_target(target)
     tokenizer = load(model, device=device)
+    tokenizer.encode([], length=length, target=qualities)
     files = media.find(inputs, tokenizer.modality)
     where = places(files, output, media.DECODED_SUFFIX[tokenizer.modality]) if output else {}
 
@@ -213,15 +216,18 @@ def complexity(
 ) -> None:
     """Count the tokens that each picture takes to reach a quality, and write a report."""
     from tokenzoo import load, media
-    from tokenzoo.survey import TARGET, Survey, limit_of, measure, thumbnails
+    from tokenzoo.survey import TARGET, Survey, Thumbnails, limit_of, measure
     from tokenzoo.survey_page import page, summary
     from tokenzoo.tokenizers.errors import MediaError
     from tokenzoo.tokenizers.files import write_atomically
 
-    tokenizer = load(model, device=device)
     qualities = _parse_target(target) or TARGET
+    tokenizer = load(model, device=device)
+    limit, unit = limit_of(tokenizer)
+    tokenizer.encode([], target=qualities)
     files = [file for file, _ in media.find(inputs, "image")]
-    survey = Survey(tokenizer.name or model, qualities, *limit_of(tokenizer), asked=len(files))
+    make_room(output)
+    survey = Survey(tokenizer.name or model, qualities, limit, unit, asked=len(files))
     interrupted = False
     try:
         # One by one on a CPU, which encodes so anyway: a file that fails costs no other its work.
@@ -234,13 +240,15 @@ def complexity(
     for reason in survey.failed:
         err.print(f"[bold red]failed:[/] {escape(reason)}", soft_wrap=True)
     if survey.pictures:
-        write_atomically(output, page(survey, functools.partial(thumbnails, tokenizer), show=show).encode())
+        images = Thumbnails(tokenizer)
+        write_atomically(output, page(survey, images, show=show).encode(errors="replace"))
+        interrupted = interrupted or images.interrupted
         if as_json:
             rows = [{"file": str(p.file), "length": p.length, "met": p.met} for p in survey.pictures]
             print_json({"summary": summary(survey), "pictures": rows, "failed": survey.failed, "report": str(output)})
         else:
             print_rows([summary(survey)])
-            out.print(f"report: {output}", soft_wrap=True, highlight=False)
+            out.print(f"report: {printable(str(output))}", soft_wrap=True, highlight=False)
     if interrupted:
         raise KeyboardInterrupt
     if not survey.pictures:
@@ -298,9 +306,12 @@ def _parse_target(target: Sequence[str] | None) -> dict[str, float] | None:
     if not target:
         return None
     try:
-        return {name: float(value) for name, value in (text.split("=", 1) for text in target)}
+        values = {name: float(value) for name, value in (text.split("=", 1) for text in target)}
     except ValueError:
-        raise TokensError(f"expected --target NAME=NUMBER, such as psnr=28, got {' '.join(target)}") from None
+        values = {}
+    if not values or not all(map(math.isfinite, values.values())):
+        raise TokensError(f"expected --target NAME=NUMBER, such as psnr=28, got {' '.join(target)}")
+    return values
 
 
 def _decoded_name(path: Path, modality: str, *, given: bool) -> Path:
@@ -321,7 +332,7 @@ def _sample_rate(tokenizer: "Tokenizer", meta: Mapping[str, Any], native: bool) 
 
 
 def _sizes(tokens: "Tokens") -> Row:
-    return {"tokens": int(tokens.lengths.sum()), "bytes": int(tokens.num_bytes.sum())}
+    return {"tokens": int(tokens.counts.sum()), "bytes": int(tokens.num_bytes.sum())}
 
 
 def _closeness(tokenizer: "Tokenizer", file: Path, tokens: "Tokens") -> Row:

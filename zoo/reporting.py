@@ -1,6 +1,7 @@
 """How the command line works through files and says what came of it."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -86,30 +87,62 @@ def _named(file: Path, error: Exception) -> str:
 def places(
     files: Sequence[tuple[Path, Path]], output: Path, suffix: str, file_suffixes: Sequence[str] = ()
 ) -> dict[Path, Path]:
-    """Where the result of each (file, relative path) goes.
+    """Where the result of each (file, relative path) goes; its folder is made.
 
     `photo.jpg` becomes `photo.jpg.tok`, so that results do not collide by extension; a single file goes to `output`
     itself where that has one of `file_suffixes`.
 
     Raises:
-        MediaError: If two results would have one name, or a single result's file name has another suffix.
+        MediaError: If two results would have one name, a single result's file name has another suffix, or nothing can be
+            written there.
     """
     if len(files) == 1 and output.suffix in file_suffixes:
+        make_room(output)
         return {files[0][0]: output}
     if len(files) == 1 and file_suffixes and output.suffix and not output.is_dir():
         raise MediaError(f"expected a folder, or a file name that ends in {' or '.join(file_suffixes)}, got {output}")
     found = {file: output / relative.with_name(relative.name + suffix) for file, relative in files}
     if len(set(found.values())) < len(files):
         raise MediaError("two inputs have the same name below their folders: take the folders one by one")
+    _make_folder(output)
     return found
+
+
+def make_room(file: Path) -> None:
+    """Makes the folder of a file that is written at the end, so that what stands in its way is said before the work.
+
+    Raises:
+        MediaError: If the file is a folder, or its folder cannot be made or written.
+    """
+    if file.is_dir():
+        raise MediaError(f"expected the name of a file to write, got the folder {file}")
+    _make_folder(file.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MediaError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise MediaError(f"cannot write into the folder {folder}")
+
+
+def printable(text: str) -> str:
+    """A text that any output takes: what of a file name is not UTF-8 is shown as an escape."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def print_rows(rows: Sequence[Row]) -> None:
     """Prints rows with equal keys as a table."""
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else escape(str(value)) for value in row.values()))
+        table.add_row(*map(_cell, row.values()))
     out.print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else escape(printable(str(value)))
 
 
 def print_json(value: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenzoo.loading import load
 from tokenzoo.media import to_pil
 from tokenzoo.tokenizers import Tokenizer, Tokens
-from tokenzoo.tokenizers.errors import TokensError
+from tokenzoo.tokenizers.errors import TokenizerError, TokensError
 from tokenzoo.tokenizers.images import read_image
 
 MODEL = "one_d_piece_nano"
@@ -34,7 +34,8 @@ def complexity(
     Args:
         media: One item or a list of items, as `Tokenizer.encode` takes them.
         tokenizer: A tokenizer of variable length, or a name for `tokenzoo.load`; by default the bundled one.
-        target: The quality, by default a mean absolute error of `{"l1": 0.05}`. Items that miss it get the full length.
+        target: The quality, by default a mean absolute error of `{"l1": 0.05}`. Where a search over prefixes misses it, the
+            item gets the full length; a network that decides by itself may miss it at any length.
         seed: For encoders that sample.
 
     Returns:
@@ -42,17 +43,12 @@ def complexity(
 
     Raises:
         MediaError: If an item cannot be read.
-        TokensError: If the tokenizer has a fixed length, or does not know the target.
+        TokensError: If the tokenizer has a fixed length, or does not know the target, or its tokens do not tell how many they
+            are.
     """
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load(tokenizer)
-    return budgets(tokenizer.encode(media, target=target or TARGET, seed=seed))
-
-
-def budgets(tokens: Tokens) -> list[int]:
-    """The length of each item in what its tokenizer varies: its tokens, or its codebooks."""
-    lengths = tokens.lengths
-    return [int(n) for n in ((lengths > 0).sum(1) if tokens.spec.variable == "codebooks" else lengths.amax(1))]
+    return [int(n) for n in tokenizer.encode(media, target=target or TARGET, seed=seed).budgets]
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Survey:
 
     @property
     def ordered(self) -> list[Measured]:
-        """From the simplest to the most complex picture; those that miss the target come last."""
+        """From the simplest to the most complex picture; of those of one length, those that miss the target come last."""
         return sorted(self.pictures, key=lambda picture: (picture.length, not picture.met, str(picture.file)))
 
 
@@ -102,7 +98,7 @@ def measure(tokenizer: Tokenizer, files: Sequence[Path], target: Mapping[str, fl
     encoded = tokenizer.encode(list(files), target=target)
     parts = [encoded[i] for i in range(len(files))]
     return [
-        Measured(file, budgets(tokens)[0], _meets(tokenizer, tokens, file, target), tokens)
+        Measured(file, int(tokens.budgets[0]), _meets(tokenizer, tokens, file, target), tokens)
         for file, tokens in zip(files, parts, strict=True)
     ]
 
@@ -129,6 +125,31 @@ def limit_of(tokenizer: Tokenizer) -> tuple[int, str]:
     if info.modality != "image" or info.variable == "none" or limit is None:
         raise TokensError(f"expected a tokenizer of images whose length varies, got {info.name or info.architecture}")
     return limit, "codebooks" if info.variable == "codebooks" else "tokens"
+
+
+class Thumbnails:
+    """Gives the thumbnails of pictures; none where a file is gone by now, and no more once interrupted.
+
+    Attributes:
+        tokenizer: Decodes the tokens.
+        interrupted: Whether the user interrupted it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.interrupted = False
+
+    def __call__(self, picture: Measured) -> tuple[bytes, bytes] | None:
+        """The thumbnails of a picture and of its reconstruction, where they can be had."""
+        if self.interrupted:
+            return None
+        try:
+            return thumbnails(self.tokenizer, picture)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        except (TokenizerError, OSError):
+            pass
+        return None
 
 
 def thumbnails(tokenizer: Tokenizer, picture: Measured) -> tuple[bytes, bytes]:

@@ -7,7 +7,7 @@ from statistics import mean, median
 
 from tokenzoo.survey import Measured, Survey
 
-Thumbnails = Callable[[Measured], tuple[bytes, bytes]]
+Thumbnails = Callable[[Measured], tuple[bytes, bytes] | None]
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 880, 240, 44, 28
 MOST_BARS = 32
@@ -53,7 +53,7 @@ def page(survey: Survey, thumbnails: Thumbnails, *, show: int) -> str:
 
     Args:
         survey: What was measured; at least one picture.
-        thumbnails: Gives a picture and its reconstruction as JPEGs.
+        thumbnails: Gives a picture and its reconstruction as JPEGs, or `None` where they cannot be had.
         show: Pictures to show at each end; no picture is shown at both.
     """
     ordered, unit = survey.ordered, survey.unit
@@ -63,8 +63,8 @@ def page(survey: Survey, thumbnails: Thumbnails, *, show: int) -> str:
     title = f"How many {unit} {len(ordered):,} picture{'s' * (len(ordered) > 1)} take"
     parts = [
         f"<h1>{title}</h1>",
-        f"<p>The shortest code that reaches <b>{escape(target)}</b>, of up to {survey.limit} {unit}, by "
-        f"<b>{escape(survey.model)}</b>.{_interrupted(survey)}</p>",
+        f"<p>The code that <b>{escape(survey.model)}</b> chooses to reach <b>{escape(target)}</b>, of up to {survey.limit} "
+        f"{unit}.{_interrupted(survey)}</p>",
         _numbers(survey),
         f"<h2>All pictures</h2><p>How many pictures took how many {unit}.{_colours(survey)}</p>",
         f'<div class="plot">{_histogram(survey)}</div>',
@@ -116,7 +116,7 @@ def _colours(survey: Survey) -> str:
     missed = sum(not picture.met for picture in survey.pictures)
     if not missed:
         return ""
-    return f' <span class="missed">Not all of them get there: {missed:,} keep the full length and miss the target.</span>'
+    return f' <span class="missed">Not all of them get there: {missed:,} miss the target.</span>'
 
 
 def bins(limit: int) -> list[tuple[int, int]]:
@@ -177,14 +177,16 @@ def _gallery(title: str, pictures: Sequence[Measured], thumbnails: Thumbnails, u
 
 
 def _figure(picture: Measured, thumbnails: Thumbnails, unit: str) -> str:
+    pair = thumbnails(picture)
     images = "".join(
         f'<img alt="{alt}" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
-        for alt, data in zip(("original", "decoded"), thumbnails(picture), strict=True)
+        for alt, data in ([] if pair is None else zip(("original", "decoded"), pair, strict=True))
     )
     missed = "" if picture.met else '<span class="missed">misses the target</span>'
     name = f"<span>{escape(picture.file.name)}</span>"
     count = f"<b>{picture.length}</b> {_counted(picture.length, unit)}"
-    return f"<figure><div>{images}</div><figcaption>{count}{missed}{name}</figcaption></figure>"
+    shown = f"<div>{images}</div>" if images else ""
+    return f"<figure>{shown}<figcaption>{count}{missed}{name}</figcaption></figure>"
 
 
 def _counted(count: int, unit: str) -> str:

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,13 @@ def test_one_bad_file_is_reported_and_does_not_stop_the_rest(photos, tmp_path):
     assert not list((tmp_path / "tokens").glob(".*"))
 
 
+def test_a_file_name_that_is_not_utf8(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    Path("a.jpg").rename("\udcff.jpg")
+    assert r"\udcff.jpg" in run("encode", "\udcff.jpg", "-o", "tokens", "-n", 2).stdout
+    assert Path("tokens/\udcff.jpg.tok").is_file()
+
+
 def test_one_file_to_one_file(photos, tmp_path):
     run("encode", photos / "a.jpg", "-o", tmp_path / "a.safetensors", "--target", "psnr=14")
     tokens = Tokens.load(tmp_path / "a.safetensors")
@@ -94,7 +102,13 @@ def test_roundtrip_measures(photos, tmp_path):
         (["encode", "{photos}", "-o", "{out}", "-m", "one_d_peice_nano"], "one_d_piece_nano"),
         (["encode", "{photos}", "-o", "{out}", "-n", "100000"], "got length=100000"),
         (["encode", "{photos}", "-o", "{out}", "-t", "psnr"], "NAME=NUMBER"),
-        (["encode", "{photos}", "-o", "{out}", "-t", "beauty=3"], "expected a target"),
+        (["encode", "{photos}", "-o", "{out}", "-t", "l1=nan"], "NAME=NUMBER"),
+        (["encode", "{photos}", "-o", "{out}", "-t", "beauty=3"], "error: expected a target"),
+        (["encode", "{photos}", "-o", "{out}", "-n", "129"], "error: one_d_piece_nano.photos encodes to 1 to 128 tokens"),
+        (["encode", "{photos}", "-o", "{photos}/a.jpg/tokens"], "error: cannot make the folder"),
+        (["encode", "{photos}/a.jpg", "-o", "{photos}/folder.tok"], "error: expected the name of a file to write"),
+        (["roundtrip", "{photos}", "-t", "beauty=3"], "error: expected a target"),
+        (["roundtrip", "{photos}", "-o", "{photos}/a.jpg"], "error: cannot make the folder"),
         (["encode", "{photos}", "-o", "{out}", "--format", "zip"], "tok or safetensors"),
         (["encode", "{photos}/a.jpg", "-o", "{out}/a.bin"], "ends in .tok or .safetensors"),
         (["encode", "{photos}/notes.txt", "-o", "{out}"], "not a picture"),
@@ -105,6 +119,7 @@ def test_roundtrip_measures(photos, tmp_path):
 )
 def test_errors_a_user_can_act_on(photos, tmp_path, arguments, reason):
     (tmp_path / "out").mkdir()
+    (photos / "folder.tok").mkdir()
     result = run(*(a.format(photos=photos, out=tmp_path / "out") for a in arguments), code=2)
     assert reason in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.output

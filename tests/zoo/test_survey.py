@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from tokenzoo.cli import app
 from tokenzoo.survey import Measured, Survey
 from tokenzoo.survey_page import bins, page, summary
 from tokenzoo.tokenizers import MediaError, TokensError
+from tokenzoo.tokenizers.image.karl import KARL, KARLConfig
 
 
 def run(*arguments, code=0):
@@ -229,6 +231,83 @@ def test_interrupted_it_reports_what_is_done(photos, model, tmp_path, monkeypatc
     monkeypatch.setattr(survey, "measure", interrupted)
     run("complexity", photos, "-o", tmp_path / "r.html", "-m", model, code=130)
     assert "Interrupted after 1 of 3 files" in (tmp_path / "r.html").read_text()
+
+
+def test_a_file_name_that_is_not_utf8_loses_nothing(photos, model, tmp_path):
+    (photos / "middle.png").rename(photos / "\udcff.png")
+    (photos / "\udcfe.png").write_text("hello")
+    report = tmp_path / "\udcfd.html"
+    assert r"\udcfd.html" in run("complexity", photos, "-o", report, "-m", model, code=1).stdout
+    assert "?.png" in report.read_text()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_picture_without_thumbnails_is_still_reported(photos, model, tmp_path, monkeypatch, error):
+    """Interrupted, or gone since it was encoded."""
+    thumbnails, calls = survey.thumbnails, []
+
+    def failing(tokenizer, picture):
+        calls.append(picture)
+        if len(calls) == 2:
+            raise error
+        return thumbnails(tokenizer, picture)
+
+    monkeypatch.setattr(survey, "thumbnails", failing)
+    run("complexity", photos, "-o", tmp_path / "r.html", "-m", model, code=130 if error is KeyboardInterrupt else 0)
+    html = (tmp_path / "r.html").read_text()
+    assert html.count("<figure>") == 3
+    assert html.count("data:image/jpeg") == (2 if error is KeyboardInterrupt else 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["-o", "{photos}"], "expected the name of a file to write"),
+        (["-o", "{photos}/middle.png/r.html"], "cannot make the folder"),
+        (["-t", "pnsr=28"], "expected a target"),
+        (["-t", "l1=nan"], "NAME=NUMBER"),
+        (["-t", "l1=inf"], "NAME=NUMBER"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_work(photos, model, tmp_path, monkeypatch, options, reason):
+    monkeypatch.setattr(survey, "measure", lambda *args: pytest.fail("a picture was encoded"))
+    monkeypatch.chdir(tmp_path)
+    options = [option.format(photos=photos) for option in options]
+    assert reason in run("complexity", photos, "-m", model, *options, code=2).stderr.replace("\n", " ")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(photos, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "measure", lambda *args: pytest.fail("a picture was encoded"))
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    assert "cannot write into" in run("complexity", photos, "-m", model, "-o", tmp_path / "r.html", code=2).stderr
+
+
+@pytest.fixture
+def karl():
+    """Continuous: what is kept is told by a mask, not by lengths."""
+    torch.manual_seed(0)
+    width = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("dim", 8), ("layers", 1), ("heads", 2))}
+    pixel = {"pixel_dim": 4, "pixel_codebook_size": 8, "pixel_channels": 32, "pixel_multipliers": (1, 1), "pixel_blocks": 1}
+    own = {"num_tokens": 8, "num_slots": 8, "position_size": 8, "token_dim": 4, "halting_dim": 8, "quantizer": "none"}
+    return KARL(KARLConfig(image_size=16, patch_size=2, **width, **pixel, **own)).eval()
+
+
+def test_continuous_tokens_are_counted(karl, photos, tmp_path):
+    files = [photos / "middle.png", photos / "more/bright.png"]
+    kept = karl.encode(files, target={"l1": 0.05}).extras["kept"].sum(1).tolist()
+    assert tokenzoo.complexity(files, tokenizer=karl) == kept
+    folder = karl.save_pretrained(tmp_path / "karl")
+    answer = json.loads(run("complexity", *files, "-m", folder, "-o", tmp_path / "r.html", "--json").stdout)
+    assert [picture["length"] for picture in answer["pictures"]] == kept
+    answer = json.loads(run("encode", *files, "-m", folder, "-o", tmp_path / "tokens", "-t", "l1=0.05", "--json").stdout)
+    assert [(row["tokens"], row["bytes"]) for row in answer["done"]] == [(n, 16 * n) for n in kept]
+    assert min(kept) > 0
+
+
+def test_a_picture_may_miss_the_target_at_any_length():
+    html = as_page(make_survey([3, 9], missed={0}))
+    assert "1 miss the target" in html
+    assert "full length and" not in html
 
 
 def test_an_item_that_cannot_be_read_is_an_error_in_the_helper(tok, tmp_path):

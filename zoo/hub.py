@@ -99,7 +99,7 @@ def load_card(
     trusted = card.source.sha256 if wanted == card.source.revision else None
     with forgetting_damaged(path):
         _verify_once(path, trusted or _sha256_by_name(path), own_cache)
-        state = _adapted(path, adapter, own_cache)
+        state = _adapted(path, adapter, own_cache, in_hub=card.source.file)
         return assemble(card, cls, state, _commit_of(path, card.source.file))
 
 
@@ -203,11 +203,14 @@ def _verify_once(path: Path, expected: str | None, own_cache: Path) -> None:
             write_atomically(note, facts)
 
 
-def _adapted(path: Path, adapter: Adapter, own_cache: Path) -> State:
-    """The weights in our own layout: straight from safetensors, by way of the conversion cache from a pickle."""
+def _adapted(path: Path, adapter: Adapter, own_cache: Path, *, in_hub: str | None = None) -> State:
+    """The weights in our own layout: straight from safetensors, by way of the conversion cache from a pickle.
+
+    `in_hub` is the file's path in its repository, where it lies in the Hub's cache.
+    """
     if path.suffix == ".safetensors":
         return read_published(path, adapter)
-    converted = own_cache / "converted" / f"{_key(path, adapter)}.safetensors"
+    converted = own_cache / "converted" / f"{_key(path, adapter, in_hub)}.safetensors"
     if (state := _read_converted(converted)) is not None:
         return state
     with _locked(converted) as writable:
@@ -219,13 +222,13 @@ def _adapted(path: Path, adapter: Adapter, own_cache: Path) -> State:
         return state
 
 
-def _key(path: Path, adapter: Adapter) -> str:
+def _key(path: Path, adapter: Adapter, in_hub: str | None) -> str:
     """Names a conversion by its content, its place in the repository, and the adapter's rules.
 
     A file from elsewhere than the Hub has no name that tells its content, but a size and a date.
     """
-    if "snapshots" in path.parts:
-        place, content = "/".join(path.parts[path.parts.index("snapshots") - 1 :]), _content_name(path)
+    if in_hub is not None:  # .../<repository>/snapshots/<commit>/<file>
+        place, content = "/".join(path.parts[-len(Path(in_hub).parts) - 3 :]), _content_name(path)
     else:
         place, content = str(path), f"{path.stat().st_size} {path.stat().st_mtime_ns}"
     rules = re.sub(r"0x[0-9a-f]+", "", repr(adapter))

@@ -4,9 +4,14 @@ Either way the file lies at one place, `tokenzoo/files/<card>/<file>` of hugging
 What has an address is downloaded to it; anything else, the user puts there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
+from typing import Any
+from urllib.parse import urlsplit
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # exported lazily
 
@@ -54,11 +59,30 @@ def published_file(card: Card, own_cache: Path, *, local_files_only: bool = Fals
 
 def _download(url: str, path: Path) -> None:
     with replacing(path) as temporary:
-        with temporary.open("wb") as file:
+        with temporary.open("wb") as file, _staying_with(urlsplit(url).scheme):
             http_get(url, file, displayed_filename=path.name)
         with temporary.open("rb") as file:
             if file.read(64).lstrip().lower().startswith(_PAGE_STARTS):
                 raise OSError("the server answered with a web page instead of the file")
+
+
+@contextmanager
+def _staying_with(scheme: str) -> Iterator[None]:
+    """Refuses redirects to another scheme: what came by http instead of https could be anybody's.
+
+    The client is shared between threads, of which only this one is held to it.
+    """
+    thread, hooks = get_ident(), get_session().event_hooks["request"]
+
+    def refuse(request: Any) -> None:
+        if get_ident() == thread and request.url.scheme != scheme:
+            raise OSError(f"refused a redirect from {scheme} to {request.url.scheme}://{request.url.host}")
+
+    hooks.append(refuse)
+    try:
+        yield
+    finally:
+        hooks.remove(refuse)
 
 
 def _by_hand(card: Card, path: Path) -> str:

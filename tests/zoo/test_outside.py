@@ -2,13 +2,14 @@
 
 import argparse
 import hashlib
+import importlib
 import io
 import re
 import shutil
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 
 import tokenzoo
 from tokenzoo.tokenizers.errors import ConfigError, DownloadError, WeightsError
@@ -143,6 +144,41 @@ def test_cache_dir_holds_the_file_too(address, cache, tmp_path, tiny):
     assert (tmp_path / "mine/tokenzoo/files/tiny.a" / FILE).is_file()
     assert not cache.exists()
     shutil.rmtree(tmp_path / "mine")
+
+
+def test_a_file_put_there_by_the_user_is_read_anew_wherever_the_cache_is(site, contents, tmp_path, tiny, no_network):
+    """The Hub's cache has folders named `snapshots` as well."""
+    site.card("tiny.a", source={"page": PAGE, "file": FILE, "adapter": "published"})
+    mine = tmp_path / "snapshots" / "mine"
+    path = mine / "tokenzoo/files/tiny.a" / FILE
+    path.parent.mkdir(parents=True)
+    for seed in (0, 1):
+        path.write_bytes(contents(seed) + b" " * seed)
+        assert tokenzoo.load("tiny.a", cache_dir=mine).digest == tiny.make(seed).digest
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_redirect_may_not_leave_https(site, cache, contents, tiny, monkeypatch, scheme):
+    http = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    asked = []
+
+    def answer(request):
+        asked.append(str(request.url))
+        if request.url.path == "/moved":
+            return http.Response(200, content=contents())
+        return http.Response(302, headers={"Location": f"{scheme}://files.example/moved"})
+
+    client = http.Client(transport=http.MockTransport(answer), follow_redirects=True)
+    monkeypatch.setattr("huggingface_hub.utils._http._GLOBAL_CLIENT", client)
+    site.card("tiny.a", source={"url": f"https://files.example/{FILE}", "file": FILE, "adapter": "published"})
+    if scheme == "https":
+        assert tokenzoo.load("tiny.a").digest == tiny.make(0).digest
+    else:
+        with pytest.raises(DownloadError, match=r"refused a redirect from https to http://files\.example"):
+            tokenzoo.load("tiny.a")
+        assert asked == [f"https://files.example/{FILE}"]
+        assert not place(cache).exists()
+    assert not client.event_hooks["request"]
 
 
 def test_there_are_no_revisions(address):

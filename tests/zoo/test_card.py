@@ -148,6 +148,7 @@ def test_each_of_our_cards_describes_a_tokenizer(name):
     cls.config_class.from_dict(made.config)
     find_adapter(made, cls)
     assert len(made.body) > 200
+    assert "@@" not in made.text, "a figure still to be filled in"
     if made.bundled:
         assert files(made.package).joinpath(made.source.file).is_file()
         assert made.source.sha256

@@ -53,6 +53,12 @@ class CodebookLearner(nn.Module):
     k-means and restarts draw from the vectors of the first.
     """
 
+    cluster_size: Tensor
+    cluster_sums: Tensor
+    idle_steps: Tensor
+    steps: Tensor
+    started: Tensor
+
     def __init__(self, learning: Learning, codebook: Tensor, *, spherical: bool = False) -> None:
         super().__init__()
         self.learning = learning

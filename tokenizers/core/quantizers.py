@@ -265,9 +265,10 @@ class ResidualQuantizer(Quantizer):
             )
             for q in range(num_stages)
         )
-        projected = input_dim is not None and input_dim != dim
-        self.in_proj = nn.Linear(input_dim, dim, bias=False) if projected else nn.Identity()
-        self.out_proj = nn.Linear(dim, input_dim, bias=False) if projected else nn.Identity()
+        self.in_proj: nn.Module = nn.Identity()
+        self.out_proj: nn.Module = nn.Identity()
+        if input_dim is not None and input_dim != dim:
+            self.in_proj, self.out_proj = nn.Linear(input_dim, dim, bias=False), nn.Linear(dim, input_dim, bias=False)
         _check_choices(metric, gradient)
         self._stacks = _Stacks()
         self._cache = PackCache()
@@ -285,7 +286,7 @@ class ResidualQuantizer(Quantizer):
         with torch.autocast(x.device.type, enabled=False):
             residual = self.in_proj(x.float())
             if self.metric == "l2":
-                (codebooks,) = self._stacks.get(not self.training, [[stage.codebook for stage in self.stages]])
+                (codebooks,) = self._stacks.get(not self.training, [[stage.codebook for stage in _prefix(self.stages)]])
                 cache = None if self.training else self._cache
                 return residual_quantize(residual, codebooks[: len(stages)], cache=cache).ids
             ids = []
@@ -306,7 +307,7 @@ class ResidualQuantizer(Quantizer):
             x = self.in_proj(x.float())
             kept = _kept_stages(x, len(self.stages), self.dropout if self.training else 0)
             residual, total, loss, ids = x, torch.zeros_like(x), x.new_zeros(()), []
-            for q, stage in enumerate(self.stages):
+            for q, stage in enumerate(_prefix(self.stages)):
                 _, chosen, entries, errors = stage.assign(residual)
                 used = q < kept
                 total = total + torch.where(used[..., None], entries, 0)
@@ -374,13 +375,13 @@ class ProjectedResidualQuantizer(Quantizer):
     @torch.no_grad()
     def ids(self, x: Tensor, num_stages: int | None = None) -> Tensor:
         """Ids int64 `(..., Q')` of vectors `(..., D)` from the first Q' = `num_stages` stages (all by default)."""
-        count = len(_prefix(self.stages, num_stages))
+        stages, count = _prefix(self.stages), len(_prefix(self.stages, num_stages))
         sources = [
-            [stage.codebook for stage in self.stages],
-            [stage.in_proj.weight for stage in self.stages],
-            [stage.in_proj.bias for stage in self.stages],
-            [stage.out_proj.weight for stage in self.stages],
-            [stage.out_proj.bias for stage in self.stages],
+            [stage.codebook for stage in stages],
+            [stage.in_proj.weight for stage in stages],
+            [stage.in_proj.bias for stage in stages],
+            [stage.out_proj.weight for stage in stages],
+            [stage.out_proj.bias for stage in stages],
         ]
         codebooks, *maps = (stack[:count] for stack in self._stacks.get(not self.training, sources))
         return projected_residual_quantize(x, codebooks, Projections(*maps), metric=self.metric).ids
@@ -396,7 +397,7 @@ class ProjectedResidualQuantizer(Quantizer):
             x = x.float()
             kept = _kept_stages(x, len(self.stages), self.dropout if self.training else 0)
             residual, total, loss, ids = x, torch.zeros_like(x), x.new_zeros(()), []
-            for q, stage in enumerate(self.stages):
+            for q, stage in enumerate(_prefix(self.stages)):
                 narrow, chosen, entries, errors = stage.assign(residual)
                 vectors = stage.out_proj(carry_gradient(narrow, entries, stage.gradient))
                 used = q < kept
@@ -537,7 +538,7 @@ def _kept_stages(x: Tensor, num_stages: int, dropout: float) -> Tensor:
     return kept.reshape(*items, *[1] * (x.dim() - 1 - len(items)))
 
 
-def _prefix(stages: Iterable[Any], count: int | None) -> list[Any]:
+def _prefix(stages: Iterable[Any], count: int | None = None) -> list[Any]:
     stages = list(stages)
     if count is not None and not 1 <= count <= len(stages):
         raise ValueError(f"expected 1 to {len(stages)} stages, got {count}")

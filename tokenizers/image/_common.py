@@ -3,7 +3,9 @@
 Shapes: B batch, N tokens, P patches, C width of a vector, D width of features, H W height and width in pixels.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,11 @@ from tokenzoo.tokenizers.errors import DownloadError
 def draw_once(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
     """Standard normal float32 noise of one item, for all items, so that none depends on the batch it is in."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def is_finite(value: object) -> bool:
+    """Whether this is a real number, NumPy's too, that is neither NaN nor infinite."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def vectors_of(extras: Mapping[str, Tensor], shape: tuple[int, int, int]) -> Tensor:

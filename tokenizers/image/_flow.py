@@ -8,17 +8,16 @@ that does not: classifier-free guidance (https://arxiv.org/abs/2207.12598), or a
 Shapes: B batch, C channels, h w of the latent grid.
 """
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tokenzoo.tokenizers import ConfigError
+from tokenzoo.tokenizers.image._common import is_finite
 
 # Momentum and largest norm of the difference between the predictions, as FlexTok was evaluated.
 _MOMENTUM = -0.5
@@ -45,8 +44,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(f"expected a whole number of steps, at least 1, got {self.steps!r}")
-        number = isinstance(self.guidance, Real) and not isinstance(self.guidance, bool)
-        if not callable(self.guidance) and not (number and math.isfinite(self.guidance)):
+        if not callable(self.guidance) and not is_finite(self.guidance):
             raise ConfigError(f"expected guidance to be a finite number, or a function of the time, got {self.guidance!r}")
         if self.method not in ("apg", "cfg"):
             raise ConfigError(f"expected the guidance method to be apg or cfg, got {self.method!r}")

@@ -23,7 +23,6 @@ and width in pixels, h w of the grid.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ from tokenzoo.encoders.vit import Transformer
 from tokenzoo.kernels import nearest
 from tokenzoo.tokenizers import Codes, Output, Tokenizer, TokenizerConfig, Tokens, TokensError
 from tokenzoo.tokenizers.adapter import Adapter
-from tokenzoo.tokenizers.image._common import check_frozen, draw_once, vectors_of
+from tokenzoo.tokenizers.image._common import check_frozen, draw_once, is_finite, vectors_of
 from tokenzoo.tokenizers.images import Images
 from tokenzoo.tokenizers.quality import l1, psnr
 from tokenzoo.tokenizers.quantizers import VectorQuantizer
@@ -430,7 +429,7 @@ class KARL(Tokenizer):
             return
         if set(target) != {"l1"}:
             raise TokensError(f"KARL is asked for a mean absolute error, target={{'l1': ...}}, and nothing else, got {target}")
-        if not (isinstance(target["l1"], Real) and not isinstance(target["l1"], bool) and 0 < target["l1"] < math.inf):
+        if not (is_finite(target["l1"]) and target["l1"] > 0):
             raise TokensError(f"expected a positive mean absolute error, got target={target}")
 
     # -- decode

@@ -13,10 +13,8 @@ tokens are always the first ones.
 Shapes: B batch, N tokens, K kept coefficients, H W pixels.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenzoo.tokenizers import Output, TokenizerConfig, Tokens, TokensError
+from tokenzoo.tokenizers.image._common import is_finite
 from tokenzoo.tokenizers.image.one_d_piece_nano import OneDPieceNano, OneDPieceNanoConfig
 from tokenzoo.tokenizers.quality import l1, psnr
 
@@ -160,7 +159,7 @@ class KARLNano(OneDPieceNano):
     def _check_target(self, target: Mapping[str, float] | None) -> None:
         super()._check_target(target)
         error = (target or {}).get("l1", 1)
-        if not (isinstance(error, Real) and not isinstance(error, bool) and 0 < error < math.inf):
+        if not (is_finite(error) and error > 0):
             raise TokensError(f"expected a positive mean absolute error, got target={target}")
 
     def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:

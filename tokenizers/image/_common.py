@@ -22,7 +22,7 @@ def draw_once(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor
 
 def is_finite(value: object) -> bool:
     """Whether this is a real number, NumPy's too, that is neither NaN nor infinite."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def vectors_of(extras: Mapping[str, Tensor], shape: tuple[int, int, int]) -> Tensor:

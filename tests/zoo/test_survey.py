@@ -78,7 +78,7 @@ def test_it_is_a_function_whatever_was_imported():
 def test_the_bundled_tokenizer_finds_noise_more_complex_than_a_plain_colour():
     noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     plain, noisy = tokenzoo.complexity([grey(0.4, 64), noise])
-    assert plain == 1
+    assert plain < 5
     assert noisy == 128
 
 

@@ -8,6 +8,7 @@ Layers that look ahead only answer later, so this serves causal and non-causal n
 Shapes: B batch, C channels, T steps of this layer's input.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -22,9 +23,9 @@ PadMode = Literal["constant", "reflect", "replicate"]
 class Streamed(nn.Module):
     """Base of layers that take `(x, state, last)`; `state=None` says that `x` is the whole signal."""
 
+    @abstractmethod
     def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:
         """`[B, C, T]` to `[B, C', T']`."""
-        raise NotImplementedError
 
 
 class Chain(nn.ModuleList):

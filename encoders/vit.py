@@ -10,6 +10,16 @@ Shapes: B batch, L tokens, D width, H heads.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# How OpenAI's CLIP, and checkpoints of networks that grew out of it, call the parts of a block.
+CLIP_BLOCK_KEYS = (
+    ("ln_1.", "norm1."),
+    ("attn.in_proj_", "attention.qkv."),
+    ("attn.out_proj.", "attention.out."),
+    ("ln_2.", "norm2."),
+    ("mlp.c_fc.", "mlp.up."),
+    ("mlp.c_proj.", "mlp.down."),
+)
+
 
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import load as load_tensors
 
 import tokenzoo
 from tokenzoo.card import parse_card
@@ -140,11 +141,8 @@ def test_sources_whose_config_makes_no_sense(source):
 
 
 def test_an_autoencoder_loads_by_its_diffusers_config(hub, site, weights, expected):
-    state = {
-        key.removeprefix("vae.vae."): tensor
-        for key, tensor in safetensors.torch.load(weights).items()
-        if key.startswith("vae.vae.")
-    }
+    published = load_tensors(weights)
+    state = {key.removeprefix("vae.vae."): tensor for key, tensor in published.items() if key.startswith("vae.vae.")}
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = copy.copy(state)
     for new, name in old.items():

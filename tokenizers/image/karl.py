@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from tokenzoo.encoders.kl16 import ATTENTION_WEIGHTS, KL16, LATENT_DIFFUSION_KEYS
 from tokenzoo.encoders.maskgit_vqgan import MaskGITVQGAN
-from tokenzoo.encoders.vit import Transformer
+from tokenzoo.encoders.vit import CLIP_BLOCK_KEYS, Transformer
 from tokenzoo.kernels import nearest
 from tokenzoo.tokenizers import Codes, Output, Tokenizer, TokenizerConfig, Tokens, TokensError
 from tokenzoo.tokenizers.adapter import Adapter
@@ -272,14 +272,7 @@ _TRANSFORMER_KEYS = (
     *(
         (f"{side}.transformer.{{}}.{published}", f"{side}.transformer.blocks.{{}}.{ours}")
         for side in ("encoder", "decoder")
-        for published, ours in (
-            ("ln_1.", "norm1."),
-            ("attn.in_proj_", "attention.qkv."),
-            ("attn.out_proj.", "attention.out."),
-            ("ln_2.", "norm2."),
-            ("mlp.c_fc.", "mlp.up."),
-            ("mlp.c_proj.", "mlp.down."),
-        )
+        for published, ours in CLIP_BLOCK_KEYS
     ),
 )
 _VQGAN_KEYS = (

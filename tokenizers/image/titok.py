@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenzoo.encoders.maskgit_vqgan import PixelDecoder
-from tokenzoo.encoders.vit import Transformer
+from tokenzoo.encoders.vit import CLIP_BLOCK_KEYS, Transformer
 from tokenzoo.tokenizers import Codes, ConfigError, Output, Tokenizer, TokenizerConfig, TokensError
 from tokenzoo.tokenizers.adapter import Adapter
 from tokenzoo.tokenizers.image._common import draw_once, vectors_of
@@ -240,12 +240,7 @@ PUBLISHED = Adapter(
             for published, ours in (
                 ("ln_pre.", "norm_pre."),
                 ("ln_post.", "norm_post."),
-                ("transformer.{}.ln_1.", "blocks.{}.norm1."),
-                ("transformer.{}.attn.in_proj_", "blocks.{}.attention.qkv."),
-                ("transformer.{}.attn.out_proj.", "blocks.{}.attention.out."),
-                ("transformer.{}.ln_2.", "blocks.{}.norm2."),
-                ("transformer.{}.mlp.c_fc.", "blocks.{}.mlp.up."),
-                ("transformer.{}.mlp.c_proj.", "blocks.{}.mlp.down."),
+                *((f"transformer.{{}}.{published}", f"blocks.{{}}.{ours}") for published, ours in CLIP_BLOCK_KEYS),
             )
         ),
     ),

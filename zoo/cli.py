@@ -336,8 +336,10 @@ def _sizes(tokens: "Tokens") -> Row:
 
 
 def _closeness(tokenizer: "Tokenizer", file: Path, tokens: "Tokens") -> Row:
-    original, _ = tokenizer.media.read(file)
     reconstruction = tokenizer.decode(tokens, native=True)[0]
+    if tokenizer.modality == "text":
+        return {"exact": reconstruction == file.read_bytes()}
+    original, _ = tokenizer.media.read(file)
     names = [name for name in tokenizer.qualities if name != "l1"]
     measured = {name: tokenizer.qualities[name].measure(reconstruction[None], original[None]) for name in names}
     return {name: round(float(value[0]), 3) for name, value in measured.items()}

@@ -16,9 +16,10 @@ from tokenzoo.tokenizers.files import write_atomically
 EXTENSIONS = {
     "audio": frozenset([".aif", ".aiff", ".au", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav"]),
     "image": frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"]),
+    "text": frozenset([".csv", ".htm", ".html", ".json", ".jsonl", ".log", ".md", ".py", ".rst", ".tex", ".txt", ".xml"]),
     "tokens": frozenset([".tok", ".safetensors"]),
 }
-DECODED_SUFFIX = {"audio": ".wav", "image": ".png"}
+DECODED_SUFFIX = {"audio": ".wav", "image": ".png", "text": ".txt"}
 
 
 def find(paths: Iterable[str | os.PathLike[str]], kind: str) -> list[tuple[Path, Path]]:
@@ -56,7 +57,8 @@ def write(item: Any, path: Path, modality: str, *, sample_rate: int | None = Non
     """Writes a decoded item as a file, whole or not at all.
 
     Args:
-        item: An image float32 `[3, H, W]` in [0, 1], or audio float32 `[C, S]` in [-1, 1].
+        item: An image float32 `[3, H, W]` in [0, 1], audio float32 `[C, S]` in [-1, 1], or a text, `str` (written as UTF-8,
+            line ends as they are) or bytes.
         path: The file.
         modality: What the item is.
         sample_rate: Of audio, in Hz.
@@ -68,8 +70,10 @@ def write(item: Any, path: Path, modality: str, *, sample_rate: int | None = Non
         write_atomically(path, encode_png(item))
     elif modality == "audio" and sample_rate is not None:
         write_atomically(path, encode_wav(item, sample_rate))
+    elif modality == "text":
+        write_atomically(path, item if isinstance(item, bytes) else item.encode("utf-8", "surrogatepass"))
     else:
-        raise MediaError(f"expected an image, or audio with its sample rate, to write to {path}, got {modality}")
+        raise MediaError(f"expected an image, a text, or audio with its sample rate, to write to {path}, got {modality}")
 
 
 def encode_wav(waveform: Tensor, sample_rate: int) -> bytes:

@@ -76,6 +76,7 @@ class Tokenizer(nn.Module):
         modality: What is encoded.
         config_class: Type of `config`.
         adapters: The published layouts of this system's weights, by name; a card says which one its file has.
+        may_be_empty: Whether an item may have no tokens, as the empty text has.
         config: What the network was built from.
         media: Reads and restores this tokenizer's media.
         name: Card name; empty for a tokenizer that was never named.
@@ -89,6 +90,7 @@ class Tokenizer(nn.Module):
     modality: ClassVar[Modality]
     config_class: ClassVar[type[TokenizerConfig]]
     adapters: ClassVar[Mapping[str, Adapter]] = {}
+    may_be_empty: ClassVar[bool] = False
 
     def __init__(self, config: TokenizerConfig, media: Media) -> None:
         super().__init__()
@@ -366,7 +368,7 @@ class Tokenizer(nn.Module):
                 f"{mine.name or mine.architecture} (weights {mine.digest}): load the tokenizer that made them"
             )
         tokens.validate()
-        if len(tokens) and tokens.lengths.numel() and int(tokens.lengths.max(1).values.min()) < 1:
+        if not self.may_be_empty and tokens.lengths.numel() and int(tokens.lengths.max(1).values.min()) < 1:
             raise TokensError("expected at least one token per item, got an item of length 0")
         if mine.max_tokens is not None and tokens.lengths.numel() and int(tokens.lengths.max()) > mine.max_tokens:
             raise TokensError(f"expected at most {mine.max_tokens} tokens per item, got {int(tokens.lengths.max())}")

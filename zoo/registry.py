@@ -38,6 +38,7 @@ _BUILTIN = {
     "tatitok": "tokenzoo.tokenizers.image.tatitok:TATiTok",
     "titok": "tokenzoo.tokenizers.image.titok:TiTok",
     "wavtokenizer": "tokenzoo.tokenizers.audio.wavtokenizer:WavTokenizer",
+    "wavtokenizer_nano": "tokenzoo.tokenizers.audio.wavtokenizer_nano:WavTokenizerNano",
 }
 
 _log = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from tokenzoo.loading import load
 from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.files import write_atomically
 from tokenzoo.tokenizers.quality import l1
-from tokenzoo.training.loop import prepare_crops
 from tokenzoo.training.recipe import Recipe
+from tokenzoo.training.sources import prepare_crops
 
 ERRORS = (0.03, 0.04, 0.05, 0.06, 0.07, 0.1)
 

@@ -32,8 +32,9 @@ from tokenzoo.registry import tokenizer_class
 from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.files import write_atomically
 from tokenzoo.training.checkpoint import Checkpoint
-from tokenzoo.training.loop import CHECKPOINT, prepare_crops
+from tokenzoo.training.loop import CHECKPOINT
 from tokenzoo.training.recipe import Recipe
+from tokenzoo.training.sources import prepare_crops
 
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 LARGER_BUDGETS = (320, 512)

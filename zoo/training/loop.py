@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
@@ -18,27 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor, nn
+from torch import nn
 
 from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.errors import ConfigError
 from tokenzoo.training.checkpoint import AveragedWeights, Checkpoint
-from tokenzoo.training.data import CropSampler, PhotoStore, find_photos, split_pictures
-from tokenzoo.training.recipe import DataRecipe, Recipe
+from tokenzoo.training.recipe import Recipe
+from tokenzoo.training.sources import Source, prepare
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 RESULT = "averaged"
-# Steps far from any that is trained on draw the crops for `initialise`.
-_INITIAL_STEP = 1 << 40
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Training crops, and the held-out ones as uint8 `(B, H, W, 3)`."""
-
-    training: CropSampler
-    held_out: np.ndarray
 
 
 def run_recipe(recipe: str | Path, *, data: Path | None = None, out: Path | None = None, resume: bool = False) -> Path:
@@ -68,14 +58,14 @@ def train(recipe: Recipe, tokenizer: Tokenizer | None = None, *, resume: bool = 
     """
     output = Path(recipe.output)
     checkpoint = _find_checkpoint(output, resume)
-    with PartialState().main_process_first():  # the others find the decoded photos ready
-        crops = prepare_crops(recipe.data, output / "photos")
+    with PartialState().main_process_first():  # the others find the decoded media ready
+        source = prepare(recipe, output)
     torch.manual_seed(recipe.seed)
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)
     if checkpoint is None:
-        _initialise(tokenizer, crops.training, recipe)
-    run = _Run(recipe, tokenizer, crops, checkpoint)
+        _initialise(tokenizer, source, recipe)
+    run = _Run(recipe, tokenizer, source, checkpoint)
     with _stop_on_signal() as stopping:
         while run.step < recipe.steps and not stopping:
             run.advance()
@@ -83,26 +73,11 @@ def train(recipe: Recipe, tokenizer: Tokenizer | None = None, *, resume: bool = 
     return run.export()
 
 
-def prepare_crops(data: DataRecipe, cache: Path) -> Crops:
-    """Decodes the photos into `cache` (once) and splits them by picture."""
-    if not data.folder:
-        raise ConfigError("expected a folder of photos: pass --data, or set data.folder in the recipe")
-    root = Path(data.folder)
-    names = find_photos(root, data.include, data.exclude)
-    if not names:
-        raise ConfigError(f"found no photos of {list(data.include)} in {root}: unpack them there, or change data.include")
-    store = PhotoStore.build(root, names, cache, smallest=data.smallest, largest=data.largest)
-    training, held_out = split_pictures(store, data.held_out)
-    options: dict[str, Any] = {"size": data.crop_size, "candidates": data.candidates}
-    held = CropSampler(store, held_out or training, seed=data.eval_seed, **options)
-    return Crops(CropSampler(store, training, seed=data.seed, **options), held.crops(0, data.eval_crops))
-
-
 class _Run:
     """A run in progress: model, optimizer, average and log."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, crops: Crops, checkpoint: Checkpoint | None) -> None:
-        self.recipe, self.crops, self.output = recipe, crops, Path(recipe.output)
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, source: Source, checkpoint: Checkpoint | None) -> None:
+        self.recipe, self.source, self.output = recipe, source, Path(recipe.output)
         self.accelerator = Accelerator(mixed_precision=recipe.precision, step_scheduler_with_optimizer=False)
         self.frozen = _freeze(tokenizer, recipe.freeze)
         if recipe.teacher:
@@ -125,7 +100,7 @@ class _Run:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         seed = int(np.random.SeedSequence((self.recipe.seed, self.step, process)).generate_state(1)[0])
         torch.manual_seed(seed)
-        batch = self.crops.training.batch(self.step * processes + process, self.recipe.batch_size)
+        batch = self.source.batch(self.step * processes + process, self.recipe.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step)
         self.model.train()
@@ -161,18 +136,10 @@ class _Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean PSNR of held-out crops by the averaged weights, at each token count of the recipe."""
+        """How well held-out items are reconstructed by the averaged weights."""
         current = {name: tensor.clone() for name, tensor in self.tokenizer.state_dict().items()}
         self.tokenizer.load_state_dict(self.average.state_dict(self.tokenizer))
-        self.tokenizer.eval()
-        crops = torch.from_numpy(self.crops.held_out[: self.recipe.eval_items]).permute(0, 3, 1, 2).float() / 255
-        tokens = self.tokenizer.encode(list(crops))
-        measured = {}
-        for length in self.recipe.eval_lengths or (None,):
-            part = tokens if length is None else tokens.truncate(length)
-            images = torch.stack(self.tokenizer.decode(part, native=True))
-            psnr = self.tokenizer.qualities["psnr"].measure(images, crops).mean()
-            measured["held_out_psnr" if length is None else f"held_out_psnr_{length}"] = float(psnr)
+        measured = self.source.evaluate(self.tokenizer.eval(), self.recipe)
         self.tokenizer.load_state_dict(current)
         return measured
 
@@ -263,16 +230,11 @@ def _teach(tokenizer: Tokenizer, teacher: str, device: torch.device) -> None:
     learn_from(load(teacher, device=device))
 
 
-def _initialise(tokenizer: Tokenizer, sampler: CropSampler, recipe: Recipe) -> None:
+def _initialise(tokenizer: Tokenizer, source: Source, recipe: Recipe) -> None:
     """Lets a tokenizer that is trained from scratch estimate what it can from data."""
     initialise = getattr(tokenizer, "initialise", None)
-    if initialise is None or not recipe.architecture:
-        return
-    parts: list[Tensor] = []
-    for index in range(0, recipe.initialise_crops, 1000):
-        crops = sampler.crops(_INITIAL_STEP + index, min(1000, recipe.initialise_crops - index))
-        parts.append(torch.from_numpy(crops).permute(0, 3, 1, 2))
-    initialise(torch.cat(parts), torch.Generator().manual_seed(recipe.seed))
+    if initialise is not None and recipe.architecture:
+        initialise(source.initial(recipe.initialise_items), torch.Generator().manual_seed(recipe.seed))
 
 
 def _find_checkpoint(output: Path, resume: bool) -> Checkpoint | None:

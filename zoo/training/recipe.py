@@ -44,6 +44,36 @@ class DataRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecordingsRecipe:
+    """Clips of a folder of recordings: `media = "recordings"` among the data of a recipe.
+
+    Attributes:
+        folder: Folder of recordings; empty in recipes that are shared, and then given on the command line.
+        include: Globs over paths relative to the folder; `*` also matches `/`.
+        exclude: Globs of what to leave out.
+        held_out: Share of the recordings that is never trained on.
+        sample_rate: In Hz; that of the tokenizer.
+        clip_samples: Samples of a clip.
+        seed: Of the clips.
+        eval_clips: Held-out clips to evaluate on.
+        eval_seed: Of the held-out clips.
+    """
+
+    folder: str = ""
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    held_out: float = 0.1
+    sample_rate: int = 16000
+    clip_samples: int = 16000
+    seed: int = 0
+    eval_clips: int = 64
+    eval_seed: int = 1
+
+
+_MEDIA = {"photos": DataRecipe, "recordings": RecordingsRecipe}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run.
 
@@ -54,7 +84,7 @@ class Recipe:
         inherit: What to take first weights from when training from scratch, named as `start`: those of the same name and
             shape, in a tokenizer of any architecture.
         teacher: A trained tokenizer that this one learns from, named as `start`, where the architecture can (`learn_from`).
-        data: What to train on.
+        data: What to train on; `media` in its table says what that is, photos by default.
         output: Folder for checkpoints, logs and the result.
         steps: Optimizer steps.
         batch_size: Items per step and process.
@@ -69,7 +99,7 @@ class Recipe:
             codebooks are not restarted or averaged and statistics stay.
         precision: `no` or `bf16`, as accelerate names them.
         seed: Of everything random.
-        initialise_crops: Crops handed to the tokenizer's `initialise`, if it has one.
+        initialise_items: Items handed to the tokenizer's `initialise`, if it has one.
         log_every: Steps between lines of the log.
         save_every: Steps between checkpoints.
         eval_every: Steps between evaluations.
@@ -82,7 +112,7 @@ class Recipe:
     start: str = ""
     inherit: str = ""
     teacher: str = ""
-    data: DataRecipe = field(default_factory=DataRecipe)
+    data: DataRecipe | RecordingsRecipe = field(default_factory=DataRecipe)
     output: str = "runs/latest"
     steps: int = 1000
     batch_size: int = 32
@@ -96,7 +126,7 @@ class Recipe:
     freeze: tuple[str, ...] = ()
     precision: str = "no"
     seed: int = 0
-    initialise_crops: int = 60_000
+    initialise_items: int = 60_000
     log_every: int = 50
     save_every: int = 500
     eval_every: int = 1000
@@ -140,12 +170,18 @@ class Recipe:
         for table in ("data", "config"):
             if not isinstance(values.get(table, {}), Mapping):
                 raise ConfigError(f"recipe: expected {table} to be a table, got {values[table]!r}")
-        data = _build(DataRecipe, values.get("data", {}))
+        table = dict(values.get("data", {}))
+        media = table.pop("media", "photos")
+        if media not in _MEDIA:
+            raise ConfigError(f"recipe: expected media to be one of {', '.join(_MEDIA)}, got {media!r}")
+        data = _build(_MEDIA[media], table)
         return _build(cls, {**values, "data": data})
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form with every field."""
-        return dataclasses.asdict(self)
+        media = next(name for name, cls in _MEDIA.items() if isinstance(self.data, cls))
+        values = dataclasses.asdict(self)
+        return {**values, "data": {"media": media, **values["data"]}}
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Any:

@@ -43,7 +43,7 @@ def recipe(photos, tmp_path):
         batch_size=4,
         learning_rate=1e-3,
         warmup_steps=2,
-        initialise_crops=200,
+        initialise_items=200,
         log_every=2,
         save_every=3,
         eval_every=100,

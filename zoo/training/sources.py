@@ -1,0 +1,129 @@
+"""What a run is trained and evaluated on: photos as crops, recordings as clips. Text would be a third kind.
+
+Everything is a function of the recipe and the step.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenzoo.tokenizers import Tokenizer
+from tokenzoo.tokenizers.audio.mel import mel_distance
+from tokenzoo.tokenizers.errors import ConfigError
+from tokenzoo.training.data import CropSampler, PhotoStore, find_photos, split_pictures
+from tokenzoo.training.recipe import DataRecipe, Recipe, RecordingsRecipe
+from tokenzoo.training.recordings import ClipSampler, RecordingStore, find_recordings, split_recordings
+
+# Steps far from any that is trained on draw the items for `initialise`.
+_INITIAL_STEP = 1 << 40
+_INITIAL_BATCH = 1000
+
+
+class Source(Protocol):
+    """Training batches and held-out items of one kind of media."""
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        """The items of a step."""
+
+    def initial(self, count: int) -> Tensor:
+        """Items that a tokenizer estimates its start from; photos as uint8."""
+
+    def evaluate(self, tokenizer: Tokenizer, recipe: Recipe) -> dict[str, float]:
+        """How well held-out items are reconstructed."""
+
+
+def prepare(recipe: Recipe, output: Path) -> Source:
+    """Decodes the media of a recipe into its output folder (once)."""
+    if isinstance(recipe.data, RecordingsRecipe):
+        return prepare_clips(recipe.data, output / "recordings")
+    return prepare_crops(recipe.data, output / "photos")
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Training crops, and the held-out ones as uint8 `(B, H, W, 3)`."""
+
+    training: CropSampler
+    held_out: np.ndarray
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        """Crops float32 `(B, 3, H, W)` in [0, 1]."""
+        return self.training.batch(step, batch_size)
+
+    def initial(self, count: int) -> Tensor:
+        """Crops uint8 `(count, 3, H, W)`."""
+        parts = [
+            self.training.crops(_INITIAL_STEP + index, min(_INITIAL_BATCH, count - index))
+            for index in range(0, count, _INITIAL_BATCH)
+        ]
+        return torch.cat([torch.from_numpy(crops).permute(0, 3, 1, 2) for crops in parts])
+
+    def evaluate(self, tokenizer: Tokenizer, recipe: Recipe) -> dict[str, float]:
+        """Mean PSNR of held-out crops, at each token count of the recipe."""
+        crops = torch.from_numpy(self.held_out[: recipe.eval_items]).permute(0, 3, 1, 2).float() / 255
+        tokens = tokenizer.encode(list(crops))
+        measured = {}
+        for length in recipe.eval_lengths or (None,):
+            part = tokens if length is None else tokens.truncate(length)
+            images = torch.stack(tokenizer.decode(part, native=True))
+            psnr = tokenizer.qualities["psnr"].measure(images, crops).mean()
+            measured["held_out_psnr" if length is None else f"held_out_psnr_{length}"] = float(psnr)
+        return measured
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Training clips, the held-out ones float32 `(B, 1, S)`, and the indices of held-out recordings in the store."""
+
+    sample_rate: int
+    training: ClipSampler
+    held_out: Tensor
+    held_out_recordings: list[int]
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        """Clips float32 `(B, 1, S)` in [-1, 1]."""
+        return self.training.batch(step, batch_size)
+
+    def initial(self, count: int) -> Tensor:
+        """Clips float32 `(count, 1, S)`."""
+        return self.training.batch(_INITIAL_STEP, count)
+
+    def evaluate(self, tokenizer: Tokenizer, recipe: Recipe) -> dict[str, float]:
+        """Mean distance of mel spectra of held-out clips."""
+        clips = self.held_out[: recipe.eval_items]
+        decoded = torch.stack(tokenizer.decode(tokenizer.encode(list(clips)), native=True))
+        return {"held_out_mel": float(mel_distance(decoded, clips, self.sample_rate))}
+
+
+def prepare_crops(data: DataRecipe, cache: Path) -> Crops:
+    """Decodes the photos into `cache` (once) and splits them by picture."""
+    if not data.folder:
+        raise ConfigError("expected a folder of photos: pass --data, or set data.folder in the recipe")
+    root = Path(data.folder)
+    names = find_photos(root, data.include, data.exclude)
+    if not names:
+        raise ConfigError(f"found no photos of {list(data.include)} in {root}: unpack them there, or change data.include")
+    store = PhotoStore.build(root, names, cache, smallest=data.smallest, largest=data.largest)
+    training, held_out = split_pictures(store, data.held_out)
+    options: dict[str, Any] = {"size": data.crop_size, "candidates": data.candidates}
+    held = CropSampler(store, held_out or training, seed=data.eval_seed, **options)
+    return Crops(CropSampler(store, training, seed=data.seed, **options), held.crops(0, data.eval_crops))
+
+
+def prepare_clips(data: RecordingsRecipe, cache: Path) -> Clips:
+    """Decodes the recordings into `cache` (once) and splits them by name."""
+    if not data.folder:
+        raise ConfigError("expected a folder of recordings: pass --data, or set data.folder in the recipe")
+    root = Path(data.folder)
+    names = find_recordings(root, data.include, data.exclude)
+    if not names:
+        raise ConfigError(f"found no recordings of {list(data.include)} in {root}: unpack them there, or change data.include")
+    store = RecordingStore.build(root, names, cache, sample_rate=data.sample_rate)
+    training, held_out = split_recordings(store, data.held_out)
+    held = ClipSampler(store, held_out or training, size=data.clip_samples, seed=data.eval_seed)
+    sampler = ClipSampler(store, training, size=data.clip_samples, seed=data.seed)
+    return Clips(data.sample_rate, sampler, held.batch(0, data.eval_clips), held_out)

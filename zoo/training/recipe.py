@@ -70,7 +70,32 @@ class RecordingsRecipe:
     eval_seed: int = 1
 
 
-_MEDIA = {"photos": DataRecipe, "recordings": RecordingsRecipe}
+@dataclass(frozen=True, kw_only=True)
+class TextsRecipe:
+    """Windows of a folder of manuals: `media = "texts"` among the data of a recipe.
+
+    Attributes:
+        folder: Folder of man pages and HTML files; empty in recipes that are shared, and then given on the command line.
+        include: Globs over paths relative to the folder; `*` also matches `/`.
+        exclude: Globs of what to leave out.
+        held_out: Share of the documents that is never trained on, in any language.
+        window: Bytes of a window.
+        flatten: Languages are drawn in proportion to their bytes to this power.
+        seed: Of the windows.
+        eval_bytes: Held-out bytes of each language to evaluate on.
+    """
+
+    folder: str = ""
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    held_out: float = 0.06
+    window: int = 4096
+    flatten: float = 0.5
+    seed: int = 0
+    eval_bytes: int = 20_000
+
+
+_MEDIA = {"photos": DataRecipe, "recordings": RecordingsRecipe, "texts": TextsRecipe}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +137,7 @@ class Recipe:
     start: str = ""
     inherit: str = ""
     teacher: str = ""
-    data: DataRecipe | RecordingsRecipe = field(default_factory=DataRecipe)
+    data: DataRecipe | RecordingsRecipe | TextsRecipe = field(default_factory=DataRecipe)
     output: str = "runs/latest"
     steps: int = 1000
     batch_size: int = 32

@@ -1,4 +1,4 @@
-"""What a run is trained and evaluated on: photos as crops, recordings as clips. Text would be a third kind.
+"""What a run is trained and evaluated on: photos as crops, recordings as clips, manuals as windows.
 
 Everything is a function of the recipe and the step.
 """
@@ -15,8 +15,9 @@ from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.audio.mel import mel_distance
 from tokenzoo.tokenizers.errors import ConfigError
 from tokenzoo.training.data import CropSampler, PhotoStore, find_photos, split_pictures
-from tokenzoo.training.recipe import DataRecipe, Recipe, RecordingsRecipe
+from tokenzoo.training.recipe import DataRecipe, Recipe, RecordingsRecipe, TextsRecipe
 from tokenzoo.training.recordings import ClipSampler, RecordingStore, find_recordings, split_recordings
+from tokenzoo.training.texts import TextStore, WindowSampler, find_texts, first_lines
 
 # Steps far from any that is trained on draw the items for `initialise`.
 _INITIAL_STEP = 1 << 40
@@ -40,6 +41,8 @@ def prepare(recipe: Recipe, output: Path) -> Source:
     """Decodes the media of a recipe into its output folder (once)."""
     if isinstance(recipe.data, RecordingsRecipe):
         return prepare_clips(recipe.data, output / "recordings")
+    if isinstance(recipe.data, TextsRecipe):
+        return prepare_texts(recipe.data, output / "texts")
     return prepare_crops(recipe.data, output / "photos")
 
 
@@ -99,6 +102,32 @@ class Clips:
         return {"held_out_mel": float(mel_distance(decoded, clips, self.sample_rate))}
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Training windows, and held-out bytes of each language."""
+
+    training: WindowSampler
+    held_out: dict[str, bytes]
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        """Windows uint8 `(B, N)`."""
+        return self.training.batch(step, batch_size)
+
+    def initial(self, count: int) -> Tensor:
+        """Windows uint8 `(count, N)`."""
+        return self.training.batch(_INITIAL_STEP, count)
+
+    def evaluate(self, tokenizer: Tokenizer, recipe: Recipe) -> dict[str, float]:
+        """Bits of tokens per byte of held-out text; where a tokenizer has words that fail, the share that does not."""
+        texts = list(self.held_out.values())[: recipe.eval_items]
+        tokens = tokenizer.encode(texts)
+        measured = {"held_out_bits_per_byte": float(tokens.bits.sum()) / sum(map(len, texts))}
+        if hasattr(tokenizer, "reconstructed"):
+            found = tokenizer.reconstructed(texts)
+            measured |= {f"held_out_words_{name}": share for name, share in zip(self.held_out, found, strict=False)}
+        return measured
+
+
 def prepare_crops(data: DataRecipe, cache: Path) -> Crops:
     """Decodes the photos into `cache` (once) and splits them by picture."""
     if not data.folder:
@@ -127,3 +156,17 @@ def prepare_clips(data: RecordingsRecipe, cache: Path) -> Clips:
     held = ClipSampler(store, held_out or training, size=data.clip_samples, seed=data.eval_seed)
     sampler = ClipSampler(store, training, size=data.clip_samples, seed=data.seed)
     return Clips(data.sample_rate, sampler, held.batch(0, data.eval_clips), held_out)
+
+
+def prepare_texts(data: TextsRecipe, cache: Path) -> Texts:
+    """Strips the manuals of their markup into `cache` (once) and splits them by document."""
+    if not data.folder:
+        raise ConfigError("expected a folder of manuals: pass --data, or set data.folder in the recipe")
+    root = Path(data.folder)
+    names = find_texts(root, data.include, data.exclude)
+    if not names:
+        raise ConfigError(f"found no manuals of {list(data.include)} in {root}: unpack them there, or change data.include")
+    store = TextStore.build(root, names, cache, held_out=data.held_out)
+    sampler = WindowSampler(store.streams(held_out=False), window=data.window, seed=data.seed, flatten=data.flatten)
+    held_out = {name: first_lines(stream, data.eval_bytes) for name, stream in store.streams(held_out=True).items()}
+    return Texts(sampler, held_out)

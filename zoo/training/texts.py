@@ -33,17 +33,96 @@ SHORTEST = 400  # bytes; what is shorter is a redirection or an index
 COPIED = 0.5
 _SHINGLE = 8
 _SUFFIXES = (".html", ".htm", ".gz")
-_LANGUAGES = frozenset("ar ca cs da de el en es fa fi fr hr hu id it ja ko mk nb nl pl pt ro ru sr sv tr uk vi zh".split())
-_LINE_MACROS = frozenset("B BI BR I IB IR IP RB RI SB SH SM SS TP HP".split())
-_BREAKS = frozenset("PP LP P TP IP HP SH SS RS RE br sp nf fi EX EE Pp It Sh Ss".split())
-_JOINED = frozenset("BI BR IB IR RB RI".split())
-_MDOC = frozenset("Nm Fl Ar Pa Xr Sh Ss Dq Em Ic Cm Op It Sy Li Va Dv Ev Fn Nd Ql Sq Bq".split())
+_LANGUAGES = frozenset(
+    [
+        "ar",
+        "ca",
+        "cs",
+        "da",
+        "de",
+        "el",
+        "en",
+        "es",
+        "fa",
+        "fi",
+        "fr",
+        "hr",
+        "hu",
+        "id",
+        "it",
+        "ja",
+        "ko",
+        "mk",
+        "nb",
+        "nl",
+        "pl",
+        "pt",
+        "ro",
+        "ru",
+        "sr",
+        "sv",
+        "tr",
+        "uk",
+        "vi",
+        "zh",
+    ]
+)
+_LINE_MACROS = frozenset(["B", "BI", "BR", "I", "IB", "IR", "IP", "RB", "RI", "SB", "SH", "SM", "SS", "TP", "HP"])
+_BREAKS = frozenset(
+    ["PP", "LP", "P", "TP", "IP", "HP", "SH", "SS", "RS", "RE", "br", "sp", "nf", "fi", "EX", "EE", "Pp", "It", "Sh", "Ss"]
+)
+_JOINED = frozenset(["BI", "BR", "IB", "IR", "RB", "RI"])
+_MDOC = frozenset(
+    [
+        "Nm",
+        "Fl",
+        "Ar",
+        "Pa",
+        "Xr",
+        "Sh",
+        "Ss",
+        "Dq",
+        "Em",
+        "Ic",
+        "Cm",
+        "Op",
+        "It",
+        "Sy",
+        "Li",
+        "Va",
+        "Dv",
+        "Ev",
+        "Fn",
+        "Nd",
+        "Ql",
+        "Sq",
+        "Bq",
+    ]
+)
 _SPECIAL = {
-    "aq": "'", "bu": "•", "co": "©", "cq": "’", "dq": '"', "em": "—", "en": "–", "ga": "`", "ha": "^", "hy": "-",
-    "lq": "“", "oq": "‘", "rq": "”", "rs": "\\", "ti": "~", "tm": "™", "->": "→", "+-": "±", "mu": "×", "mi": "-",
-}  # fmt: skip
+    "aq": "'",
+    "bu": "\u2022",
+    "co": "\u00a9",
+    "cq": "\u2019",
+    "dq": '"',
+    "em": "\u2014",
+    "en": "\u2013",
+    "ga": "`",
+    "ha": "^",
+    "hy": "-",
+    "lq": "\u201c",
+    "oq": "\u2018",
+    "rq": "\u201d",
+    "rs": "\\",
+    "ti": "~",
+    "tm": "\u2122",
+    "->": "\u2192",
+    "+-": "\u00b1",
+    "mu": "\u00d7",
+    "mi": "-",
+}
 _ESCAPE = re.compile(r"\\(?:\".*|f(?:\[[^\]]*\]|\(..|.)|s[+-]?\d|\*?\((?P<two>..)|\*?\[(?P<long>[^\]]*)\]|\*.|(?P<one>.)|$)")
-_PLAIN = {"-": "-", "e": "\\", " ": " ", "~": " ", "0": " ", "t": "\t", "'": "´", "`": "`"}
+_PLAIN = {"-": "-", "e": "\\", " ": " ", "~": " ", "0": " ", "t": "\t", "'": "\u00b4", "`": "`"}
 
 
 def find_texts(root: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:

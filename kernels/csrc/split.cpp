@@ -17,33 +17,51 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t BLOCK = 4096;
+constexpr int64_t NOTES = 1024;
 constexpr int64_t PAGE = 128;
 
 bool continues(uint8_t byte) { return (byte & 0xC0) == 0x80; }
 
 // The ends of words, where words longer than `most` bytes (0: any) are cut, between characters if one begins within reach.
-struct Words {
-  const uint8_t* data;
-  int64_t most;
-  int64_t start = 0;
-  std::vector<int64_t> ends{};
+// Ends are noted without a branch, which the processor could not foresee, and gone through when there are many.
+class Words {
+ public:
+  Words(const uint8_t* data, int64_t count, int64_t most) : data_(data), most_(most) { ends_.reserve(count / 8 + 1); }
 
+  void end_if(bool ends, int64_t at) {
+    noted_[num_noted_] = at;
+    num_noted_ += ends;
+    if (num_noted_ == NOTES) take_notes();
+  }
+  Tensor finish(int64_t count, const Tensor& like) {
+    take_notes();
+    end(count);
+    Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(ends_.size())}, ScalarType::Long);
+    if (!ends_.empty()) std::memcpy(out.mutable_data_ptr(), ends_.data(), ends_.size() * sizeof(int64_t));
+    return out;
+  }
+
+ private:
+  void take_notes() {
+    for (int64_t i = 0; i < num_noted_; ++i) end(noted_[i]);
+    num_noted_ = 0;
+  }
   void end(int64_t at) {
-    while (most && at - start > most) ends.push_back(start = cut(start + most));
-    if (at > start) ends.push_back(start = at);
+    while (most_ && at - start_ > most_) ends_.push_back(start_ = cut(start_ + most_));
+    if (at > start_) ends_.push_back(start_ = at);
   }
   int64_t cut(int64_t at) const {
     int64_t back = at;
-    while (back > at - 3 && back > start + 1 && continues(data[back])) --back;
-    return continues(data[back]) ? at : back;
+    while (back > at - 3 && back > start_ + 1 && continues(data_[back])) --back;
+    return continues(data_[back]) ? at : back;
   }
-  Tensor tensor(const Tensor& like) const {
-    const int64_t size[] = {static_cast<int64_t>(ends.size())};
-    Tensor out = torch::stable::new_empty(like, {size, 1}, ScalarType::Long);
-    if (!ends.empty()) std::memcpy(out.mutable_data_ptr(), ends.data(), ends.size() * sizeof(int64_t));
-    return out;
-  }
+
+  const uint8_t* data_;
+  int64_t most_;
+  int64_t start_ = 0;
+  int64_t num_noted_ = 0;
+  int64_t noted_[NOTES];
+  std::vector<int64_t> ends_;
 };
 
 const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
@@ -53,26 +71,14 @@ Tensor split_bytes(const Tensor& data, const Tensor& marked, int64_t most) {
   const int64_t count = data.numel();
   const uint8_t *d = bytes(data), *table = bytes(marked);
   STD_TORCH_CHECK(marked.numel() == 256, "expected a table of 256 bytes, got ", marked.numel());
-  Words words{d, most};
-  int64_t found[BLOCK];
+  Words words(d, count, most);
   uint8_t before = 0;
-  for (int64_t first = 0; first < count; first += BLOCK) {
-    const int64_t last = std::min(count, first + BLOCK);
-    int64_t ends = 0;
-    for (int64_t i = first; i < last; ++i) {
-      const uint8_t here = table[d[i]];
-      found[ends] = i + 1;
-      ends += here & ~before;
-      before = here;
-    }
-    if (most)
-      for (int64_t i = 0; i < ends; ++i) words.end(found[i]);
-    else
-      words.ends.insert(words.ends.end(), found, found + ends);
-    if (!words.ends.empty()) words.start = words.ends.back();
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t here = table[d[i]];
+    words.end_if(here & ~before, i + 1);
+    before = here;
   }
-  words.end(count);
-  return words.tensor(data);
+  return words.finish(count, data);
 }
 
 // The character that begins at `at`: its length in bytes and code point; length 0 if none does (one byte is broken), -1 if
@@ -108,8 +114,7 @@ Tensor split_characters(const Tensor& data, const Tensor& pages, const Tensor& c
   STD_TORCH_CHECK(pages.numel() * PAGE == 0x110000, "expected a page for each ", PAGE, " code points, got ", pages.numel());
   STD_TORCH_CHECK(broken >= 0 && broken < width, "expected a class in [0, ", width, "), got ", broken);
   const uint8_t* ascii = table + page[0] * PAGE;
-  Words words{d, most};
-  words.ends.reserve(count / 8);
+  Words words(d, count, most);
   uint32_t state = 0;
   for (int64_t at = 0; at < count;) {
     int64_t step = 1;
@@ -121,12 +126,11 @@ Tensor split_characters(const Tensor& data, const Tensor& pages, const Tensor& c
       step = std::max(1, found.length);
     }
     const uint32_t entry = entries[state * width + kind];
-    if (entry & 1) words.end(at);
+    words.end_if(entry & 1, at);
     state = entry >> 1;
     at += step;
   }
-  words.end(count);
-  return words.tensor(data);
+  return words.finish(count, data);
 }
 
 }  // namespace

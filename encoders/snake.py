@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenzoo.encoders.streaming import Chain, Conv1d, ConvTranspose1d, Residual, State, Streamed
+from tokenzoo.encoders.streaming import Chain, Conv1d, ConvTranspose1d, Residual, State, Streamed, join
 
 _DILATIONS = (1, 3, 9)
 _NOISE_BLOCK = 4096
@@ -45,7 +45,7 @@ class LocalAttention(Streamed):
     def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:
         """`[B, C, T]` to `[B, C, T]`, where the window divides T; in pieces, whole windows as soon as they are there."""
         if state is not None:
-            x = torch.cat([state.get(self, x[..., :0]), x], -1)
+            x = join(state.get(self, x[..., :0]), x)
             whole = x.shape[-1] if last else x.shape[-1] // self.window * self.window
             x, state[self] = x[..., :whole], x[..., whole:]
         if not x.shape[-1]:
@@ -91,7 +91,7 @@ class NoiseInjection(Streamed):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.linear = nn.Conv1d(channels, channels, 1, bias=False)
+        self.linear = Conv1d(channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:
         """`[B, C, T]` to `[B, C, T]`; every item hears the same noise."""

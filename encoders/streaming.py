@@ -5,6 +5,9 @@ other. All that a layer has to remember lies in `state`, outside of the module, 
 layer answers a piece with as many outputs as are certain by then, possibly none; the last piece brings out the rest.
 Layers that look ahead only answer later, so this serves causal and non-causal networks alike.
 
+Signals are `[B, C, T]` but lie in memory step by step, `[B, T, C]`, and weights likewise: the convolutions of codecs then are
+matrix products, or what oneDNN and cuDNN do without rearranging anything. Signals that lie otherwise are taken too.
+
 Shapes: B batch, C channels, T steps of this layer's input.
 """
 
@@ -18,6 +21,7 @@ from torch.nn import functional as F
 
 State = dict[nn.Module, Any]
 PadMode = Literal["constant", "reflect", "replicate"]
+_FEW_INPUTS = 16
 
 
 class Streamed(nn.Module):
@@ -51,7 +55,7 @@ class Residual(Streamed):
         y = self.block(x, state, last)
         if state is not None:
             waiting = state.get(self)
-            x = x if waiting is None else torch.cat([waiting, x], -1)
+            x = x if waiting is None else join(waiting, x)
             x, state[self] = x[..., : y.shape[-1]], x[..., y.shape[-1] :]
         return y.add_(self.shortcut(x))
 
@@ -109,6 +113,7 @@ class Conv1d(nn.Conv1d, Streamed):
         self.left = padding - self.right
         self.norm = nn.GroupNorm(1, out_channels) if norm else None
         self.elu = elu
+        self.weight = _step_by_step(self.weight)
 
     def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:
         """`[B, C, T]` to `[B, C', ceil(T / stride)]`."""
@@ -125,17 +130,17 @@ class Conv1d(nn.Conv1d, Streamed):
         if self.elu:
             padded = _pad(x, self.left, right, self.pad_mode)
             y = self._convolve(F.elu(x) if padded is x else F.elu_(padded))
-        elif self.pad_mode == "constant" and self.left == right:
-            y = F.conv1d(x, self.weight, self.bias, self.stride, right, self.dilation, self.groups)
+        elif self.pad_mode == "constant" and self.left == right and self.stride[0] == 1:
+            y = self._convolve(x, right)
         else:
             y = self._convolve(_pad(x, self.left, right, self.pad_mode))
-        return y if self.norm is None else self.norm(y)
+        return y if self.norm is None else _normalize(self.norm, y)
 
     def _piece(self, x: Tensor, state: State, last: bool) -> Tensor:
         past = state.pop(self, None) or _Past(x[..., :0], 0, 0, False)
         if last and not past.begun:
-            return self._whole(torch.cat([past.buffer, x], -1) if past.seen else x)
-        buffer, seen = torch.cat([past.buffer, x], -1), past.seen + x.shape[-1]
+            return self._whole(join(past.buffer, x) if past.seen else x)
+        buffer, seen = join(past.buffer, x), past.seen + x.shape[-1]
         if not past.begun:
             if seen <= self._needed():
                 state[self] = _Past(buffer, 0, seen, False)
@@ -161,8 +166,26 @@ class Conv1d(nn.Conv1d, Streamed):
             return max(self.left, self.right + self.stride[0] - 1)
         return 0 if self.pad_mode == "replicate" else -1
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+    def _convolve(self, x: Tensor, padding: int = 0) -> Tensor:
+        (kernel,), (stride,), (dilation,) = self.kernel_size, self.stride, self.dilation
+        if self.groups == dilation == 1 and not padding:
+            if kernel == stride or kernel == 2 * stride:
+                return self._multiply(x, stride)
+            if kernel * self.in_channels <= _FEW_INPUTS:
+                windows = x.mT.flatten(1).unfold(1, kernel * self.in_channels, stride * self.in_channels)
+                return F.linear(windows.contiguous(), self.weight.mT.flatten(1), self.bias).mT
+        weight = self.weight.unsqueeze(2)
+        y = F.conv2d(x.unsqueeze(2), weight, self.bias, (1, stride), (0, padding), (1, dilation), self.groups)
+        return y.squeeze(2)
+
+    def _multiply(self, x: Tensor, stride: int) -> Tensor:
+        """A kernel of one stride is a product of blocks of so many steps; one of two strides also of those that follow."""
+        blocks = x.mT.reshape(len(x), -1, stride * self.in_channels)
+        first, *second = self.weight.mT.flatten(1).split(stride * self.in_channels, 1)
+        y = F.linear(blocks[:, : blocks.shape[1] - len(second)], first, self.bias)
+        for weight in second:
+            y.baddbmm_(blocks[:, 1:], weight.mT.expand(len(x), -1, -1))
+        return y.mT
 
     def _nothing(self, x: Tensor) -> Tensor:
         return x.new_empty(len(x), self.out_channels, 0)
@@ -203,22 +226,36 @@ class ConvTranspose1d(nn.ConvTranspose1d, Streamed):
         self.left = 0 if causal else self.trim - self.trim // 2
         self.right = self.left if symmetric else self.trim - self.left
         self.norm = nn.GroupNorm(1, out_channels) if norm else None
+        self.weight = _step_by_step(self.weight)
 
     def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:  # type: ignore[override]
         """`[B, C, T]` to `[B, C', T * stride]`, or one step less."""
         if state is not None and self.norm is not None:
             raise ValueError("a convolution with a GroupNorm over time cannot be fed piece by piece")
         before, begun = (x[..., :0], False) if state is None else state.get(self, (x[..., :0], False))
-        x = torch.cat([before, x], -1) if before.shape[-1] else x
+        x = join(before, x) if before.shape[-1] else x
         if state is not None:
             state[self] = (x[..., -1:] if self.trim else x[..., :0], begun or bool(x.shape[-1]))
         if not x.shape[-1]:
             return x.new_empty(len(x), self.out_channels, 0)
-        y = F.conv_transpose1d(x, self.weight, self.bias, self.stride, groups=self.groups)
+        y = self._convolve(x)
         if self.norm is not None:
-            y = self.norm(y)
+            y = _normalize(self.norm, y)
         start = before.shape[-1] * self.stride[0] if begun else self.left
         return y[..., start : y.shape[-1] - (self.right if last else self.trim)]
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """What a step adds to the outputs of its own stride, and to those of the next: a product each."""
+        if self.groups > 1:
+            return F.conv_transpose1d(x, self.weight, self.bias, self.stride, groups=self.groups)
+        (stride,), (batch, _, steps) = self.stride, x.shape
+        own, *more = self.weight.mT.flatten(1).split(stride * self.out_channels, 1)
+        blocks = x.new_zeros(self.out_channels) if self.bias is None else self.bias
+        blocks = blocks.repeat(batch, steps + 1, stride)
+        blocks[:, :-1].baddbmm_(x.mT, own.expand(batch, -1, -1))
+        for weight in more:
+            blocks[:, 1:, : weight.shape[1]].baddbmm_(x.mT, weight.expand(batch, -1, -1))
+        return blocks.view(batch, -1, self.out_channels)[:, : steps * stride + self.trim].mT
 
 
 class SkipLSTM(Streamed):
@@ -251,11 +288,32 @@ def pieces(network: nn.Module, x: Tensor, size: int) -> Iterator[Tensor]:
         yield network(x[..., at : at + size], state, at + size >= length)
 
 
+def join(first: Tensor, second: Tensor) -> Tensor:
+    """Two signals `[B, C, T]` one after the other, step by step in memory."""
+    return torch.cat([first.mT, second.mT], 1).mT
+
+
+def _step_by_step(weight: nn.Parameter) -> nn.Parameter:
+    """A weight `[C', C, kernel]` that lies in memory as `[C', kernel, C]`."""
+    return nn.Parameter(weight.detach().mT.contiguous().mT)
+
+
+def _normalize(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """A GroupNorm of `[B, C, T]`; in four dimensions it takes signals as they lie."""
+    return norm(x.unsqueeze(2)).squeeze(2)
+
+
 def _pad(x: Tensor, left: int, right: int, mode: PadMode) -> Tensor:
     if not (left or right):
         return x
-    if mode != "reflect":
-        return F.pad(x, (left, right), mode)
+    x_BTC = x.mT
+    if mode == "constant":
+        return F.pad(x_BTC, (0, 0, left, right)).mT
+    if mode == "replicate":
+        before, after = x_BTC[:, :1].expand(-1, left, -1), x_BTC[:, -1:].expand(-1, right, -1)
+        return torch.cat([before, x_BTC, after], 1).mT
     missing = max(0, max(left, right) - x.shape[-1] + 1)
-    padded = F.pad(F.pad(x, (0, missing)), (left, right), mode)
-    return padded[..., : padded.shape[-1] - missing]
+    x_BTC = F.pad(x_BTC, (0, 0, 0, missing)) if missing else x_BTC
+    steps = x_BTC.shape[1]
+    before, after = x_BTC[:, 1 : left + 1].flip(1), x_BTC[:, steps - right - 1 : steps - 1].flip(1)
+    return torch.cat([before, x_BTC, after], 1)[:, : left + steps + right - missing].mT

@@ -293,31 +293,23 @@ Tensor nearest(const Tensor& x, const Tensor& packed, int64_t size) {
   return ids;
 }
 
-// Rows sorted by code (a counting sort keeps their order), then each code's rows summed by one thread.
+// Every thread sums the codes of a range of its own, rows in order.
 std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& ids, int64_t size) {
   const int64_t count = x.size(0), width = x.size(1);
   STD_TORCH_CHECK(ids.numel() == count, "expected ", count, " ids, got ", ids.numel());
   const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
   Tensor counts = make(x, {size}, ScalarType::Float), sums = make(x, {size, width}, ScalarType::Float);
-  std::vector<int64_t> start(size + 1);
-  for (int64_t n = 0; n < count; ++n) {
+  for (int64_t n = 0; n < count; ++n)
     STD_TORCH_CHECK(id[n] >= 0 && id[n] < size, "expected ids in [0, ", size, "), got ", id[n]);
-    ++start[id[n] + 1];
-  }
-  for (int64_t k = 0; k < size; ++k) start[k + 1] += start[k];
-  std::vector<int64_t> order(count), next(start.begin(), start.end() - 1);
-  for (int64_t n = 0; n < count; ++n) order[next[id[n]]++] = n;
-  float *number = static_cast<float*>(counts.mutable_data_ptr()), *total = static_cast<float*>(sums.mutable_data_ptr());
-  const int64_t step = std::max<int64_t>(64, size / 64);
-  parallel((size + step - 1) / step, [&](int64_t block) {
-    const int64_t last = std::min(size, (block + 1) * step);
-    std::fill_n(total + block * step * width, (last - block * step) * width, 0.f);
-    for (int64_t k = block * step; k < last; ++k) {
-      const int64_t rows = start[k + 1] - start[k];
-      number[k] = static_cast<float>(rows);
-      if (rows) search().add_rows(floats(x), order.data() + start[k], rows, width, total + k * width);
-    }
+  std::vector<int64_t> number(size);
+  float* total = static_cast<float*>(sums.mutable_data_ptr());
+  const int64_t parts = std::clamp<int64_t>((count + size) * width >> 15, 1, std::min<int64_t>(torch::stable::get_num_threads(), size));
+  parallel(parts, [&](int64_t p) {
+    const int64_t first = size * p / parts, last = size * (p + 1) / parts;
+    std::fill_n(total + first * width, (last - first) * width, 0.f);
+    search().sum_codes(floats(x), id, count, width, first, last, number.data(), total);
   });
+  std::copy(number.begin(), number.end(), static_cast<float*>(counts.mutable_data_ptr()));
   return {counts, sums};
 }
 

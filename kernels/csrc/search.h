@@ -253,12 +253,17 @@ double gather(const float* x, const int64_t* ids, int64_t count, const float* co
   return total;
 }
 
-void add_rows(const float* rows, const int64_t* order, int64_t count, int64_t width, float* total) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float* row = rows + order[i] * width;
+void sum_codes(const float* rows, const int64_t* ids, int64_t count, int64_t width, int64_t first, int64_t last,
+               int64_t* number, float* total) {
+  for (int64_t n = 0; n < count; ++n, rows += width) {
+    if (ids[n] < first || ids[n] >= last) continue;
+    ++number[ids[n]];
+    float* sum = total + ids[n] * width;
     int64_t d = 0;
-    for (; d + LANES <= width; d += LANES) store(total + d, load(total + d) + load(row + d));
-    for (; d < width; ++d) total[d] += row[d];
+    for (; d + LANES <= width; d += LANES) store(sum + d, load(sum + d) + load(rows + d));
+    for (; d + 4 <= width; d += 4)
+      *reinterpret_cast<FourUnaligned*>(sum + d) += *reinterpret_cast<const FourUnaligned*>(rows + d);
+    for (; d < width; ++d) sum[d] += rows[d];
   }
 }
 
@@ -413,7 +418,7 @@ void lfq(const float* x, int64_t count, int64_t dim, float high, float* codes, i
 }  // namespace
 
 extern const SearchTable table{LANES,    ROWS,     pack,          scan, resolve,
-                               scan_few, gather,   add_rows,      step_residual, fsq, lfq};
+                               scan_few, gather,   sum_codes,      step_residual, fsq, lfq};
 
 }  // namespace ISA
 }  // namespace tokenzoo

@@ -40,8 +40,9 @@ struct SearchTable {
                    int64_t last, float* best, int32_t* code);
   // The entry of each row into out; returns the sum of squared differences.
   double (*gather)(const float* x, const int64_t* ids, int64_t count, const float* codebook, int64_t width, float* out);
-  // Adds the rows that order names to a total, in that order.
-  void (*add_rows)(const float* rows, const int64_t* order, int64_t count, int64_t width, float* total);
+  // Counts the rows of each code in [first, last), and adds them to its sum in their order.
+  void (*sum_codes)(const float* rows, const int64_t* ids, int64_t count, int64_t width, int64_t first, int64_t last,
+                    int64_t* number, float* total);
   // Takes the entry of each row off its residual and adds it to its total.
   void (*step_residual)(float* residual, float* total, const int64_t* ids, int64_t count, const float* codebook, int64_t width);
   // Levels of finite scalar quantization: how many of its dimension's thresholds each value reaches, and what that means.

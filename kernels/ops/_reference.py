@@ -1,7 +1,8 @@
 """What the kernels compute, in plain PyTorch; and the fallback that answers where nothing faster can.
 
-Distances are compared as |c|^2 - 2 x.c after the mean of the codebook is taken off both sides. The fallback scores a chunk
-of rows at a time into the same memory, and lets NumPy find the largest: its argmax is vectorised, torch's is not.
+Distances are compared as |c|^2 - 2 x.c after the mean of the codebook is taken off both sides. The fallback scores a block
+of rows and codes at a time, so that scores stay in the cache, and lets NumPy find the largest: its argmax is vectorised,
+torch's is not.
 """
 
 import math
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_CHUNK_SCORES = 1 << 20
-_FEW_ROWS = 16
+# Scores that are computed at a time, and how many codes they are of at least, where there are so many.
+_BLOCK_SCORES = 1 << 20
+_BLOCK_CODES = 1 << 12
+_FEW_SCORES = 1 << 16  # so few are better computed at once, without the copy that many are worth
 
 
 def centred(codebook: Tensor, *, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +62,7 @@ def pack(entries: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
     return mean, torch.cat([codes, bias[:, None]], 1).T.contiguous()
 
 
-def nearest(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> Tensor:  # noqa: ARG001 (as the others)
+def nearest(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> Tensor:
     """int64 `(N,)`: the entry with the smallest distance (`dot`: the largest product) for each row of `(N, D)`.
 
     Ties go to the lowest index, as do rows that are not finite; entries that are not finite are never chosen.
@@ -69,35 +72,43 @@ def nearest(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> Tensor:  # n
     # The product of a single row may add up in another order for some columns than for others, and so break ties.
     rows = torch.cat([rows, rows]) if len(x) == 1 else rows
     with full_precision(x.device.type):
-        ids = _few(rows, table) if len(rows) <= _FEW_ROWS else _many(rows, table)
-    ids = ids[: len(x)]
+        ids = (_few(rows, table) if len(x) * size <= _FEW_SCORES else _many(rows, table))[: len(x)]
     # A sum that is finite has finite terms.
     return ids if math.isfinite(float(rows.sum())) else torch.where(x.isfinite().all(1), ids, 0)
 
 
 def _few(rows: Tensor, table: Tensor) -> Tensor:
-    scores = torch.addmm(table[-1], rows, table[:-1])
-    ids = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    _first_largest(scores, ids)
-    return ids
+    return _first_largest(torch.addmm(table[-1], rows, table[:-1]))
 
 
 def _many(rows: Tensor, table: Tensor) -> Tensor:
     rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-    size = table.shape[1]
-    chunk = min(max(_FEW_ROWS, _CHUNK_SCORES // size), len(rows))
-    scores = rows.new_empty(chunk, size)
-    ids = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    for part, into in zip(rows.split(chunk), ids.split(chunk), strict=True):
-        _first_largest(torch.mm(part, table, out=scores[: len(part)]), into)
+    codes = min(table.shape[1], max(_BLOCK_CODES, _BLOCK_SCORES // len(rows)))
+    parts = rows.tensor_split(max(1, len(rows) * codes // _BLOCK_SCORES))
+    scores = rows.new_empty(len(parts[0]), codes)
+    return torch.cat([_search(part, table, scores[: len(part)]) for part in parts])
+
+
+def _search(rows: Tensor, table: Tensor, scores: Tensor) -> Tensor:
+    """Ids of a block of rows, by blocks of as many codes as there is room for in `scores`."""
+    size, step = table.shape[1], scores.shape[1]
+    if step == size:
+        return _first_largest(torch.mm(rows, table, out=scores))
+    best, ids = rows.new_full((len(rows),), -torch.inf), torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    for first in range(0, size, step):
+        codes = table[:, first : first + step]
+        scores = torch.mm(rows, codes, out=scores[:, : codes.shape[1]])
+        chosen = _first_largest(scores)
+        score = scores.gather(1, chosen[:, None]).squeeze(1)
+        ids = torch.where(score > best, chosen + first, ids)
+        best = torch.maximum(score, best)
     return ids
 
 
-def _first_largest(scores: Tensor, into: Tensor) -> None:
+def _first_largest(scores: Tensor) -> Tensor:
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        scores.numpy().argmax(1, out=into.numpy())
-    else:
-        torch.argmax(scores, 1, out=into)
+        return torch.from_numpy(scores.numpy().argmax(1))
+    return torch.argmax(scores, 1)
 
 
 def quantize(x: Tensor, packed: tuple[Tensor, Tensor], entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:

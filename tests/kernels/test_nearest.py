@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tokenzoo.kernels import PackCache, nearest
 
-fixtures_stay = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fixtures_stay = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def excess(x, codebook, ids, metric="l2"):

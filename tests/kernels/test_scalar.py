@@ -59,7 +59,7 @@ def test_fsq_gradients_are_those_of_the_published_form(lane):
 
 
 @given(st.integers(0, 70), st.integers(1, 62), st.integers(0, 100))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_lfq_is_the_sign_of_every_dimension(lane, rows, dim, seed):
     x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
     codes, ids = lfq_quantize(x, scale=0.5)

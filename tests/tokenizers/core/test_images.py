@@ -178,7 +178,7 @@ def test_items():
     st.integers(1, 90),
     st.sampled_from(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_size_and_mode_is_read(height, width, mode):
     source = Image.fromarray(noise(height, width, 3))
     if mode == "F":

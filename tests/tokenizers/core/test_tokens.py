@@ -41,7 +41,7 @@ def batches(draw, *, aligned=False):
 
 
 @given(batches())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_layout_has_an_exact_inverse(tokens):
     for layout in LAYOUTS:
         flat = tokens.flatten(layout)
@@ -50,7 +50,7 @@ def test_every_layout_has_an_exact_inverse(tokens):
 
 
 @given(batches())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_packing_has_an_exact_inverse_and_the_exact_size(tokens):
     data = tokens.pack()
     assert Tokens.unpack(data).equal(tokens)
@@ -63,7 +63,7 @@ def test_packing_has_an_exact_inverse_and_the_exact_size(tokens):
 
 
 @given(batches())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_files_round_trip(tmp_path_factory, tokens):
     folder = tmp_path_factory.mktemp("tokens")
     for name in ("a.tok", "a.safetensors"):

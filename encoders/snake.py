@@ -47,7 +47,7 @@ class LocalAttention(Streamed):
         if state is not None:
             x = join(state.get(self, x[..., :0]), x)
             whole = x.shape[-1] if last else x.shape[-1] // self.window * self.window
-            x, state[self] = x[..., :whole], x[..., whole:]
+            x, state[self] = x[..., :whole], x[..., whole:].clone()
         if not x.shape[-1]:
             return x
         batch, channels, length = x.shape

@@ -56,7 +56,7 @@ class Residual(Streamed):
         if state is not None:
             waiting = state.get(self)
             x = x if waiting is None else join(waiting, x)
-            x, state[self] = x[..., : y.shape[-1]], x[..., y.shape[-1] :]
+            x, state[self] = x[..., : y.shape[-1]], _rest(x, y.shape[-1])
         return y.add_(self.shortcut(x))
 
 
@@ -134,7 +134,7 @@ class Conv1d(nn.Conv1d, Streamed):
             y = self._convolve(x, right)
         else:
             y = self._convolve(_pad(x, self.left, right, self.pad_mode))
-        return y if self.norm is None else _normalize(self.norm, y)
+        return y if self.norm is None else normalize(self.norm, y)
 
     def _piece(self, x: Tensor, state: State, last: bool) -> Tensor:
         past = state.pop(self, None) or _Past(x[..., :0], 0, 0, False)
@@ -147,7 +147,10 @@ class Conv1d(nn.Conv1d, Streamed):
                 return self._nothing(x)
             buffer = _pad(buffer, self.left, 0, self.pad_mode)
         if self.elu:  # what was there before has been through it
-            F.elu_(buffer[..., past.buffer.shape[-1] if past.begun else 0 :])
+            if buffer is x:
+                buffer = F.elu(x)
+            else:
+                F.elu_(buffer[..., past.buffer.shape[-1] if past.begun else 0 :])
         if last:
             buffer = _pad(buffer, 0, self.right + -seen % self.stride[0], self.pad_mode)
         count = max(0, (buffer.shape[-1] - past.used - self.span) // self.stride[0] + 1)
@@ -157,7 +160,7 @@ class Conv1d(nn.Conv1d, Streamed):
             # A reflection at the end may reach further back than the next window does.
             reserve = self.right + self.stride[0] if self.pad_mode == "reflect" else 0
             start = max(0, min(used, buffer.shape[-1] - reserve))
-            state[self] = _Past(buffer[..., start:], used - start, seen, True)
+            state[self] = _Past(_rest(buffer, start), used - start, seen, True)
         return y
 
     def _needed(self) -> int:
@@ -233,14 +236,14 @@ class ConvTranspose1d(nn.ConvTranspose1d, Streamed):
         if state is not None and self.norm is not None:
             raise ValueError("a convolution with a GroupNorm over time cannot be fed piece by piece")
         before, begun = (x[..., :0], False) if state is None else state.get(self, (x[..., :0], False))
-        x = join(before, x) if before.shape[-1] else x
+        x = join(before, x)
         if state is not None:
-            state[self] = (x[..., -1:] if self.trim else x[..., :0], begun or bool(x.shape[-1]))
+            state[self] = (_rest(x, -1 if self.trim else x.shape[-1]), begun or bool(x.shape[-1]))
         if not x.shape[-1]:
             return x.new_empty(len(x), self.out_channels, 0)
         y = self._convolve(x)
         if self.norm is not None:
-            y = _normalize(self.norm, y)
+            y = normalize(self.norm, y)
         start = before.shape[-1] * self.stride[0] if begun else self.left
         return y[..., start : y.shape[-1] - (self.right if last else self.trim)]
 
@@ -289,8 +292,18 @@ def pieces(network: nn.Module, x: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def join(first: Tensor, second: Tensor) -> Tensor:
-    """Two signals `[B, C, T]` one after the other, step by step in memory."""
-    return torch.cat([first.mT, second.mT], 1).mT
+    """Two signals `[B, C, T]` one after the other, step by step in memory; the second itself if the first is empty."""
+    return torch.cat([first.mT, second.mT], 1).mT if first.shape[-1] else second
+
+
+def normalize(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """A GroupNorm of `[B, C, T]`; in four dimensions it takes signals as they lie."""
+    return norm(x.unsqueeze(2)).squeeze(2)
+
+
+def _rest(x: Tensor, start: int) -> Tensor:
+    """What `[B, C, T]` has from `start` on, copied: what is remembered must not keep all of the signal alive."""
+    return x[..., start:].clone()
 
 
 def _step_by_step(weight: nn.Parameter) -> nn.Parameter:
@@ -298,20 +311,15 @@ def _step_by_step(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(weight.detach().mT.contiguous().mT)
 
 
-def _normalize(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """A GroupNorm of `[B, C, T]`; in four dimensions it takes signals as they lie."""
-    return norm(x.unsqueeze(2)).squeeze(2)
-
-
 def _pad(x: Tensor, left: int, right: int, mode: PadMode) -> Tensor:
     if not (left or right):
         return x
     x_BTC = x.mT
-    if mode == "constant":
-        return F.pad(x_BTC, (0, 0, left, right)).mT
-    if mode == "replicate":
-        before, after = x_BTC[:, :1].expand(-1, left, -1), x_BTC[:, -1:].expand(-1, right, -1)
-        return torch.cat([before, x_BTC, after], 1).mT
+    if mode != "reflect":
+        zero = x_BTC.new_zeros(())
+        before, after = (zero, zero) if mode == "constant" else (x_BTC[:, :1], x_BTC[:, -1:])
+        sides = [side.expand(len(x), count, x.shape[1]) for side, count in ((before, left), (after, right))]
+        return torch.cat([sides[0], x_BTC, sides[1]], 1).mT
     missing = max(0, max(left, right) - x.shape[-1] + 1)
     x_BTC = F.pad(x_BTC, (0, 0, 0, missing)) if missing else x_BTC
     steps = x_BTC.shape[1]

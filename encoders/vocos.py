@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenzoo.encoders.streaming import Conv1d, normalize
+
 _EPSILON = 1e-6
 _LOUDEST = 100.0
 
@@ -31,14 +33,14 @@ class Vocos(nn.Module):
         self, input_dim: int, dim: int, hidden_dim: int, num_layers: int, n_fft: int, hop: int, groups: int = 32
     ) -> None:
         super().__init__()
-        self.embed = nn.Conv1d(input_dim, dim, 7, padding=3)
+        self.embed = Conv1d(input_dim, dim, 7)
         mixers = [
             ConvUnit(dim, groups),
             ConvUnit(dim, groups),
             GlobalAttention(dim, groups),
             *(ConvUnit(dim, groups) for _ in range(2)),
         ]
-        self.mixer = nn.Sequential(*mixers, nn.GroupNorm(groups, dim, eps=_EPSILON))
+        self.mixer = nn.ModuleList([*mixers, nn.GroupNorm(groups, dim, eps=_EPSILON)])
         self.norm = nn.LayerNorm(dim, eps=_EPSILON)
         self.blocks = nn.ModuleList(ConvNeXtBlock(dim, hidden_dim, 1 / num_layers) for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(dim, eps=_EPSILON)
@@ -46,7 +48,11 @@ class Vocos(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, D, T]` to `[B, 1, T * hop]`, not limited to [-1, 1]."""
-        x = self.norm(self.mixer(self.embed(x)).mT).mT
+        x = self.embed(x)
+        *mixers, norm = self.mixer
+        for mixer in mixers:
+            x = mixer(x)
+        x = self.norm(normalize(norm, x).mT).mT
         for block in self.blocks:
             x = block(x)
         return self.head(self.final_norm(x.mT))
@@ -58,12 +64,12 @@ class ConvUnit(nn.Module):
     def __init__(self, dim: int, groups: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.GroupNorm(groups, dim, eps=_EPSILON) for _ in range(2))
-        self.conv1, self.conv2 = (nn.Conv1d(dim, dim, 3, padding=1) for _ in range(2))
+        self.conv1, self.conv2 = (Conv1d(dim, dim, 3) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, T]` to `[B, C, T]`."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(y)))
+        y = self.conv1(F.silu(normalize(self.norm1, x)))
+        return x + self.conv2(F.silu(normalize(self.norm2, y)))
 
 
 class GlobalAttention(nn.Module):
@@ -72,11 +78,11 @@ class GlobalAttention(nn.Module):
     def __init__(self, dim: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, dim, eps=_EPSILON)
-        self.q, self.k, self.v, self.out = (nn.Conv1d(dim, dim, 1) for _ in range(4))
+        self.q, self.k, self.v, self.out = (Conv1d(dim, dim, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, T]` to `[B, C, T]`."""
-        y = self.norm(x)
+        y = normalize(self.norm, x)
         q, k, v = (layer(y).mT[:, None] for layer in (self.q, self.k, self.v))
         return x + self.out(F.scaled_dot_product_attention(q, k, v)[:, 0].mT)
 
@@ -86,7 +92,7 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, scale: float) -> None:
         super().__init__()
-        self.depthwise = nn.Conv1d(dim, dim, 7, padding=3, groups=dim)
+        self.depthwise = Conv1d(dim, dim, 7, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=_EPSILON)
         self.up, self.down = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
         self.gamma = nn.Parameter(torch.full((dim,), scale))
@@ -94,7 +100,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, T]` to `[B, C, T]`."""
         y = self.norm(self.depthwise(x).mT)
-        return x + (self.gamma * self.down(F.gelu(self.up(y)))).mT
+        return torch.addcmul(x.mT, self.gamma, self.down(F.gelu(self.up(y)))).mT
 
 
 class SpectrumHead(nn.Module):

@@ -76,7 +76,7 @@ class WavTokenizerNanoConfig(TokenizerConfig):
     hidden: int = 768
     encoder_layers: int = 4
     decoder_layers: int = 8
-    decay: float = 0.99
+    decay: float = 0.995
     restart_after: int = 400
 
     def validate_sizes(self) -> None:

@@ -1,6 +1,6 @@
 """What a run needs to go on exactly where it stopped, in one file that is replaced as a whole."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     averaged: dict[str, Tensor]
+    adversary: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint; an interruption leaves the one before it."""

@@ -22,6 +22,7 @@ from torch import nn
 
 from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.errors import ConfigError
+from tokenzoo.training.adversary import Adversary
 from tokenzoo.training.checkpoint import AveragedWeights, Checkpoint
 from tokenzoo.training.recipe import Recipe
 from tokenzoo.training.sources import Source, prepare
@@ -92,6 +93,9 @@ class _Run:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             for name, value in checkpoint.averaged.items():
                 self.average.values[name].copy_(value)
+        self.adversary = Adversary(recipe.adversary, self.accelerator, recipe.seed) if recipe.adversary.width else None
+        if self.adversary is not None and checkpoint is not None:
+            self.adversary.load_state_dict(checkpoint.adversary)
         self.started, self.logged = time.monotonic(), self.step
         self.sums: dict[str, float] = {}
 
@@ -100,7 +104,7 @@ class _Run:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         seed = int(np.random.SeedSequence((self.recipe.seed, self.step, process)).generate_state(1)[0])
         torch.manual_seed(seed)
-        batch = self.source.batch(self.step * processes + process, self.recipe.batch_size)
+        batch = self.source.batch(self.step * processes + process, self.recipe.batch_size).to(self.accelerator.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step)
         self.model.train()
@@ -108,14 +112,19 @@ class _Run:
             module.eval()
         progress = self.step / max(1, self.recipe.steps)
         generator = torch.Generator().manual_seed(seed)
-        result = self.model(batch.to(self.accelerator.device), progress=progress, generator=generator)
-        self.accelerator.backward(result.loss)
+        result = self.model(batch, progress=progress, generator=generator)
+        loss, measured = result.loss, {**result.losses, **result.metrics}
+        if self.adversary is not None:
+            measured["discriminator"] = self.adversary.learn(result.reconstruction, batch)
+            told = self.adversary.losses(result.reconstruction, batch)
+            loss, measured = loss + sum(told.values()), {**measured, **told}
+        self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update(self.tokenizer, self.step)
         self.step += 1
-        self._collect({"loss": result.loss.detach(), "gradient_norm": norm, **result.losses, **result.metrics})
+        self._collect({"loss": loss.detach(), "gradient_norm": norm, **measured})
         self._finish_step()
 
     def _collect(self, values: dict[str, Any]) -> None:
@@ -154,7 +163,8 @@ class _Run:
         if self.accelerator.is_main_process:
             state = self.tokenizer.state_dict()
             optimizer = self.optimizer.optimizer.state_dict()
-            Checkpoint(self.step, state, optimizer, self.average.values).save(self.output / CHECKPOINT)
+            adversary = self.adversary.state_dict() if self.adversary is not None else {}
+            Checkpoint(self.step, state, optimizer, self.average.values, adversary).save(self.output / CHECKPOINT)
 
     def export(self) -> Path:
         """Writes the averaged weights as a folder for `tokenzoo.load`."""

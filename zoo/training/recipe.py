@@ -95,6 +95,29 @@ class TextsRecipe:
     eval_bytes: int = 20_000
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdversaryRecipe:
+    """Discriminators of audio that are trained along.
+
+    Attributes:
+        periods: Of the discriminators by period, in samples.
+        windows: Of the discriminators by spectrum, in samples.
+        width: Their channels after the first layer; 0 for no discriminators.
+        adversarial: Weight of the adversarial loss.
+        features: Weight of the distance between activations.
+        learning_rate: Of the discriminators.
+        betas: Of their AdamW.
+    """
+
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    windows: tuple[int, ...] = (512, 1024, 2048)
+    width: int = 0
+    adversarial: float = 1.0
+    features: float = 1.0
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.8, 0.99)
+
+
 _MEDIA = {"photos": DataRecipe, "recordings": RecordingsRecipe, "texts": TextsRecipe}
 
 
@@ -110,6 +133,7 @@ class Recipe:
             shape, in a tokenizer of any architecture.
         teacher: A trained tokenizer that this one learns from, named as `start`, where the architecture can (`learn_from`).
         data: What to train on; `media` in its table says what that is, photos by default.
+        adversary: Discriminators; none by default. Their media is audio.
         output: Folder for checkpoints, logs and the result.
         steps: Optimizer steps.
         batch_size: Items per step and process.
@@ -138,6 +162,7 @@ class Recipe:
     inherit: str = ""
     teacher: str = ""
     data: DataRecipe | RecordingsRecipe | TextsRecipe = field(default_factory=DataRecipe)
+    adversary: AdversaryRecipe = field(default_factory=AdversaryRecipe)
     output: str = "runs/latest"
     steps: int = 1000
     batch_size: int = 32
@@ -163,6 +188,8 @@ class Recipe:
             raise ConfigError("expected either architecture (train from scratch) or start (fine-tune) in the recipe")
         if self.inherit and self.start:
             raise ConfigError("expected inherit only beside architecture: what a run starts from is whole")
+        if self.adversary.width and not isinstance(self.data, RecordingsRecipe):
+            raise ConfigError("recipe: expected data.media to be recordings beside an adversary: its discriminators hear audio")
         if self.precision not in ("no", "bf16"):
             raise ConfigError(f"recipe: expected precision to be no or bf16, got {self.precision!r}")
         for name in ("steps", "batch_size", "log_every", "save_every", "eval_every"):
@@ -192,7 +219,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Builds the recipe from TOML or JSON values. Raises `ConfigError`."""
-        for table in ("data", "config"):
+        for table in ("data", "config", "adversary"):
             if not isinstance(values.get(table, {}), Mapping):
                 raise ConfigError(f"recipe: expected {table} to be a table, got {values[table]!r}")
         table = dict(values.get("data", {}))
@@ -200,7 +227,8 @@ class Recipe:
         if media not in _MEDIA:
             raise ConfigError(f"recipe: expected media to be one of {', '.join(_MEDIA)}, got {media!r}")
         data = _build(_MEDIA[media], table)
-        return _build(cls, {**values, "data": data})
+        adversary = _build(AdversaryRecipe, values.get("adversary", {}))
+        return _build(cls, {**values, "data": data, "adversary": adversary})
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form with every field."""

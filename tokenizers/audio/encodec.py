@@ -150,7 +150,7 @@ class Encodec(Codec):
         "transformers_time_norm": _layout(False, _TRANSFORMERS, None),
     }
     config: EncodecConfig
-    piece: float = 2.0
+    piece: float = 5.0
 
     def __init__(self, config: EncodecConfig) -> None:
         super().__init__(config, sample_rate=config.sample_rate, hop=config.hop, channels=config.channels)

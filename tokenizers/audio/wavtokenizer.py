@@ -154,7 +154,7 @@ class WavTokenizer(Codec):
     config: WavTokenizerConfig
     window: float = 20.0
     overlap: float = 1.0
-    piece: float = 2.0
+    piece: float = 5.0
     whole: str = "attends to whole recordings"
 
     def __init__(self, config: WavTokenizerConfig) -> None:

@@ -39,6 +39,7 @@ _BUILTIN = {
     "titok": "tokenzoo.tokenizers.image.titok:TiTok",
     "wavtokenizer": "tokenzoo.tokenizers.audio.wavtokenizer:WavTokenizer",
     "wavtokenizer_nano": "tokenzoo.tokenizers.audio.wavtokenizer_nano:WavTokenizerNano",
+    "word_pool": "tokenzoo.tokenizers.text.word_pool:WordPool",
 }
 
 _log = logging.getLogger(__name__)

@@ -1,0 +1,203 @@
+"""The networks of `word_pool`: bytes of a word to vectors, vectors to bytes, and words to the next word.
+
+All of them stay in float32 when the module around them is cast: which byte wins must not depend on a precision.
+
+Shapes: W words, N bytes, k vectors a word, D width, H heads, T words of a text.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenzoo.encoders.causal_transformer import CausalTransformer
+from tokenzoo.encoders.streaming import State
+from tokenzoo.tokenizers.quantizers import Quantizer
+
+END = 256  # the symbol behind a word's last byte; in front of its first one it stands for "nothing yet"
+_FAR = -1e4
+
+
+class WordEncoder(Quantizer):
+    """Bytes of each word to k vectors: byte transformer, attention pooling by learned queries, residual blocks.
+
+    Padding is masked wherever bytes meet, so a word's vectors do not depend on the width it is padded to.
+
+    Args:
+        longest: Bytes of the longest word.
+        dim: Width of a byte.
+        layers: Layers of the byte transformer; without any, bytes meet in the pooling alone.
+        heads: Attention heads of a layer.
+        num_vectors: Vectors k of a word, each with queries of its own.
+        queries: Learned queries of each vector.
+        hidden_dim: Width of the blocks.
+        blocks: Residual blocks behind the pooling.
+        vector_dim: Width D of a vector.
+    """
+
+    def __init__(
+        self,
+        *,
+        longest: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        num_vectors: int,
+        queries: int,
+        hidden_dim: int,
+        blocks: int,
+        vector_dim: int,
+    ) -> None:
+        super().__init__()
+        self.num_vectors, self.queries = num_vectors, num_vectors * queries
+        self.bytes = nn.Embedding(256, dim)
+        self.positions = nn.Parameter(0.3 * torch.randn(longest, dim))
+        self.layers = nn.ModuleList(_ByteLayer(dim, heads) for _ in range(layers))
+        self.scores = nn.Linear(dim, self.queries)
+        self.values = nn.Linear(dim, num_vectors * dim)
+        self.norm = nn.LayerNorm(num_vectors * dim)
+        self.up = nn.Linear(num_vectors * dim, hidden_dim)
+        self.blocks = nn.ModuleList(_Block(hidden_dim, hidden_dim) for _ in range(blocks))
+        self.out_norm = nn.LayerNorm(hidden_dim)
+        self.out = nn.Linear(hidden_dim, num_vectors * vector_dim)
+
+    def forward(self, bytes_WN: Tensor, lengths: Tensor) -> Tensor:
+        """Vectors `[W, k, D]` of bytes int64 `[W, N]`, of which the first `lengths` `[W]` count, at least one."""
+        count, width = bytes_WN.shape
+        real = torch.arange(width, device=lengths.device) < lengths[:, None]
+        x = self.bytes(bytes_WN) + self.positions[:width]
+        for layer in self.layers:
+            x = layer(x, real)
+        weights = self.scores(x).masked_fill(~real[..., None], _FAR).softmax(1)
+        values = self.values(x).view(count, width, self.queries, -1)
+        pooled = (weights[..., None] * values).sum(1).flatten(1)
+        x = self.up(self.norm(pooled))
+        for block in self.blocks:
+            x = block(x)
+        vectors: Tensor = self.out(self.out_norm(x))
+        return vectors.view(count, self.num_vectors, -1)
+
+
+class WordDecoder(Quantizer):
+    """A condition to bytes, left to right within a word, all words at once.
+
+    The distribution of a byte is a function of the condition and of all bytes of the word before it, which a window as long as
+    the longest word shows at once: nothing is kept between steps.
+
+    Args:
+        longest: Bytes of the longest word.
+        condition_dim: Width of the condition.
+        hidden_dim: Width of the blocks that read the condition.
+        condition_blocks: How many of those there are.
+        byte_dim: Width of an earlier byte.
+        dim: Width of a position.
+        blocks: Residual blocks of a position.
+    """
+
+    def __init__(
+        self, *, longest: int, condition_dim: int, hidden_dim: int, condition_blocks: int, byte_dim: int, dim: int, blocks: int
+    ) -> None:
+        super().__init__()
+        self.longest, self.byte_dim = longest, byte_dim
+        self.condition_in = nn.Linear(condition_dim, hidden_dim)
+        self.condition_blocks = nn.ModuleList(_Block(hidden_dim, hidden_dim) for _ in range(condition_blocks))
+        self.condition_norm = nn.LayerNorm(hidden_dim)
+        self.condition_out = nn.Linear(hidden_dim, dim)
+        self.bytes = nn.Embedding(257, byte_dim)
+        self.window = nn.Linear(longest * byte_dim, dim, bias=False)
+        self.blocks = nn.ModuleList(_Block(dim, 2 * dim) for _ in range(blocks))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, 257)
+
+    def condition(self, x: Tensor) -> Tensor:
+        """What every position of a word sees of its condition: `(..., C)` to `(..., D)`."""
+        x = self.condition_in(x)
+        for block in self.condition_blocks:
+            x = block(x)
+        out: Tensor = self.condition_out(self.condition_norm(x))
+        return out
+
+    def forward(self, condition_WD: Tensor, bytes_WN: Tensor) -> Tensor:
+        """Logits `[W, N + 1, 257]` of each byte and of the end behind the last, given the right bytes before it."""
+        count, width = bytes_WN.shape
+        nothing = bytes_WN.new_full((count, self.longest), END)
+        past = self.bytes(torch.cat([nothing, bytes_WN], 1)).to(condition_WD.dtype).flatten(1)
+        windows = past.unfold(1, self.longest * self.byte_dim, self.byte_dim)[:, : width + 1]
+        return self._logits(condition_WD[:, None], windows)
+
+    def next(self, condition_WD: Tensor, window_WN: Tensor) -> Tensor:
+        """Logits `[W, 257]` behind the last `longest` symbols int64 `[W, longest]`."""
+        return self._logits(condition_WD, self.bytes(window_WN).flatten(1))
+
+    def _logits(self, condition: Tensor, window: Tensor) -> Tensor:
+        x = F.gelu(self.window(window) + condition)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class NextWord(Quantizer):
+    """A causal transformer over words: vectors of the words so far to a condition for the next word's bytes.
+
+    Args:
+        in_dim: Width of a word's vectors, all k together.
+        dim: Width of the transformer.
+        layers: Its layers.
+        heads: Its attention heads.
+        context: Words that a word attends to.
+        decoder: Reads the condition.
+    """
+
+    def __init__(self, *, in_dim: int, dim: int, layers: int, heads: int, context: int, decoder: WordDecoder) -> None:
+        super().__init__()
+        self.start = nn.Parameter(0.02 * torch.randn(dim))
+        self.up = nn.Linear(in_dim, dim)
+        self.trunk = CausalTransformer(dim, layers, heads, 4 * dim, context)
+        for layer in self.trunk.layers:
+            nn.init.ones_(layer.scale1)
+            nn.init.ones_(layer.scale2)
+        self.norm = nn.LayerNorm(dim)
+        self.decoder = decoder
+
+    def forward(self, vectors_BTD: Tensor, *, before: Tensor | None = None, state: State | None = None) -> Tensor:
+        """Conditions `[B, T, C]` of words 0 to T - 1, each from the vectors `[B, T, k * D]` of those before it.
+
+        A long text may come in pieces, with one `state`; `before` is the last word of the piece before, `[B, 1, k * D]`.
+        """
+        first = self.start.expand(len(vectors_BTD), 1, -1) if before is None else self.up(before)
+        rest = self.up(vectors_BTD[:, :-1])
+        x = torch.cat([first.to(rest.dtype), rest], 1)
+        return self.decoder.condition(self.norm(self.trunk(x.mT, state).mT))
+
+
+class _ByteLayer(nn.Module):
+    """Pre-norm attention among the bytes of a word, then an MLP.
+
+    Attention is written out: fused kernels are made for long sequences, and are slower than this on words.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        count, width, dim = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(count, width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.mT) * (dim // self.heads) ** -0.5
+        weights = scores.masked_fill(~real[:, None, None], _FAR).softmax(-1).to(v.dtype)
+        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class _Block(nn.Module):
+    """Pre-norm residual MLP."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))

@@ -1,0 +1,109 @@
+"""Words as tensors, and how `word_pool` writes words and raw bytes as frames of ids.
+
+A frame is one id of each of the K codebooks. Ids below `codes` are the codes of a word, all K of them together. The 257 ids
+from there on are raw: a byte of its own value, or, behind the last byte of a word, nothing. So a frame is either a word, or
+one to K bytes; what a text's frames stand for, one after the other, is the text.
+
+Shapes: W words, N bytes, K codebooks, L frames.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenzoo.tokenizers import TokensError
+from tokenzoo.tokenizers.text.splitters import Ends
+
+ROWS = 64  # words computed at a time
+RAW = 257  # ids of every codebook that are no codes: 256 bytes, and nothing
+_NOTHING = 256
+_WIDTHS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
+_IDEOGRAPHS = (0xE3, 0xE9)  # lead bytes of kana and Chinese characters
+
+
+class Words(NamedTuple):
+    """Words as bytes int64 `[W, N]`, filled with zeros, and their lengths `[W]`, at least one."""
+
+    bytes: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, words: Sequence[bytes], device: torch.device) -> "Words":
+        """Words as tensors."""
+        width = max(map(len, words), default=1)
+        rows = np.frombuffer(b"".join(word.ljust(width, b"\0") for word in words), np.uint8).reshape(-1, width)
+        lengths = torch.tensor([len(word) for word in words], dtype=torch.long)
+        return cls(torch.from_numpy(rows.astype(np.int64)).to(device), lengths.to(device))
+
+    def groups(self) -> Iterator[tuple[Tensor, "Words"]]:
+        """Words of similar length, no wider than they need: their indices `[M]`, and they themselves.
+
+        Words of one zero byte fill groups up to a multiple of `ROWS`: shapes are few then, each of which matrix products have to
+        be prepared for, and a word is computed in the same shapes whatever words are beside it.
+        """
+        lower = 0
+        for width in _WIDTHS:
+            chosen = ((self.lengths > lower) & (self.lengths <= width)).nonzero()[:, 0]
+            if len(chosen):
+                missing = -len(chosen) % ROWS
+                rows = self.bytes[chosen, :width]
+                filled = F.pad(rows, (0, width - rows.shape[1], 0, missing))
+                yield chosen, Words(filled, F.pad(self.lengths[chosen], (0, missing), value=1))
+            lower = width
+
+    def targets(self, end: int) -> Tensor:
+        """What a decoder has to say: bytes, then `end`, then -1 for what does not count; int64 `[W, N + 1]`."""
+        at = torch.arange(self.bytes.shape[1] + 1, device=self.lengths.device)
+        padded = F.pad(self.bytes, (0, 1))
+        targets = torch.where(at < self.lengths[:, None], padded, -1)
+        return torch.where(at == self.lengths[:, None], end, targets)
+
+
+def joined(data: bytes, ends: Ends, most: int) -> Ends:
+    """Ends of words where up to `most` kana or Chinese characters in a row, words by themselves, become one word."""
+    if most < 2 or len(ends) < 2:
+        return ends
+    starts = np.concatenate([[0], ends[:-1]])
+    lead = np.frombuffer(data, np.uint8)[starts]
+    single = (ends - starts == 3) & (lead >= _IDEOGRAPHS[0]) & (lead <= _IDEOGRAPHS[1])
+    at = np.arange(len(ends))
+    behind = at - np.maximum.accumulate(np.where(single, -1, at))  # 1, 2, ... within a run that follows a longer word
+    follows = np.append(single[1:], False)
+    kept: Ends = ends[~(single & follows & (behind % most != 0))]
+    return kept
+
+
+def raw_frames(word: bytes, num_codebooks: int, codes: int) -> npt.NDArray[np.int32]:
+    """Frames int32 `[L, K]` of the bytes of a word."""
+    count = -(-len(word) // num_codebooks)
+    frames = np.full(count * num_codebooks, codes + _NOTHING, np.int32)
+    frames[: len(word)] = np.frombuffer(word, np.uint8).astype(np.int32) + codes
+    return frames.reshape(count, num_codebooks)
+
+
+def raw_bytes(frames: npt.NDArray[np.int64], codes: int) -> tuple[npt.NDArray[np.bool_], list[bytes]]:
+    """Which frames `[L, K]` are raw, `[L]`, and the bytes of those that are.
+
+    Raises:
+        TokensError: If a frame is part code and part bytes, has no byte, or has one behind nothing.
+    """
+    raw = frames >= codes
+    mixed = raw.any(1) & ~raw.all(1)
+    nothing = frames == codes + _NOTHING
+    gap = raw.all(1) & (nothing[:, 0] | (nothing[:, :-1] & ~nothing[:, 1:]).any(1))
+    if mixed.any() or gap.any():
+        at = int(np.flatnonzero(mixed | gap)[0])
+        raise TokensError(
+            f"expected frames that are {frames.shape[1]} codes below {codes}, or bytes ({codes} to {codes + 255}) up to where "
+            f"nothing ({codes + _NOTHING}) follows, got {frames[at].tolist()} in frame {at}"
+        )
+    mine = frames[raw.all(1)]
+    flat = (mine - codes).astype(np.uint16)
+    counts = (flat < _NOTHING).sum(1)
+    data = flat.astype(np.uint8)
+    return raw.all(1), [row[:n].tobytes() for row, n in zip(data, counts.tolist(), strict=True)]

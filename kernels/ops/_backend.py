@@ -6,8 +6,11 @@ search, which `PackCache` may keep; then `nearest`, `quantize`, `residual_quanti
 
 import functools
 import importlib.util
+import os
+import shutil
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenzoo.kernels import _native, _reference
@@ -17,7 +20,8 @@ def backend_for(rows: Tensor) -> Any:
     """The module, or namespace of operators, that answers for tensors on this device."""
     if rows.is_cpu:
         return _native.library() or _reference
-    if rows.is_cuda and _has_triton():
+    # Triton launches on the current device, wherever the tensors are.
+    if rows.is_cuda and _has_triton() and rows.device.index == torch.cuda.current_device():
         from tokenzoo.kernels import _triton
 
         return _triton
@@ -26,4 +30,5 @@ def backend_for(rows: Tensor) -> Any:
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    has_compiler = any(shutil.which(program) for program in (os.environ.get("CC", ""), "gcc", "clang"))  # of its launchers
+    return importlib.util.find_spec("triton") is not None and has_compiler

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenzoo.kernels._backend import backend_for
@@ -73,7 +73,7 @@ def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCache
         ValueError: If the widths differ, `codebook` is empty, or the metric is unknown.
     """
     check(x, codebook, metric)
-    if torch.compiler.is_compiling():
+    if traced(x, codebook):
         return torch.ops.tokenzoo.nearest(x, codebook, metric)
     ids = search(as_rows(x), codebook, metric, cache)
     return ids if x.dim() == 2 else ids.reshape(x.shape[:-1])
@@ -93,7 +93,14 @@ def needs_op(*tensors: Tensor) -> bool:
         for tensor in tensors:
             if tensor.requires_grad:
                 return True
-    return torch.compiler.is_compiling()
+    return traced(*tensors)
+
+
+def traced(*tensors: Tensor) -> bool:
+    """Whether a graph is being captured, or the tensors are others than plain ones, such as fake tensors."""
+    if torch.compiler.is_compiling():
+        return True
+    return any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
 
 
 def as_rows(x: Tensor) -> Tensor:

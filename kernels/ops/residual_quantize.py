@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenzoo.kernels._backend import backend_for
 from tokenzoo.kernels._reference import full_precision
-from tokenzoo.kernels.nearest import PackCache, as_rows, nearest, pack
+from tokenzoo.kernels.nearest import PackCache, as_rows, nearest, pack, traced
 
 
 class ResidualQuantized(NamedTuple):
@@ -48,7 +48,7 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, cache: PackCache | None =
         ValueError: If the widths differ or a codebook is empty.
     """
     _check(x, codebooks, codebooks.shape[-1] if codebooks.dim() else 0)
-    if torch.compiler.is_compiling():
+    if traced(x, codebooks):
         return ResidualQuantized(*torch.ops.tokenzoo.residual_quantize(x, codebooks))
     return ResidualQuantized(*_residual(x, codebooks, cache))
 

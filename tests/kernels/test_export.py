@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tokenzoo.kernels import (
     Projections,
@@ -124,3 +125,16 @@ def test_code_sums_follow_an_exported_search():
     counts, sums = code_sums(x, program(x / 2), len(CODEBOOK))
     assert torch.equal(counts, torch.bincount(nearest(x, CODEBOOK), minlength=len(CODEBOOK)).float())
     assert torch.allclose(sums.sum(0), x.sum(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nearest", "quantize", "residual_quantize", "fsq_quantize", "lfq_quantize", "lookup"])
+def test_shapes_without_data(name):
+    """Fake tensors go through the registered operators, outside of any compiler too."""
+    width, call = CALLS[name]
+    x = torch.randn(4, 5, width, generator=GENERATOR)
+    real = call(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = call(mode.from_tensor(x))
+    for ours, theirs in zip(*((t if isinstance(t, tuple) else (t,)) for t in (fake, real)), strict=True):
+        assert isinstance(ours, FakeTensor)
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

@@ -1,6 +1,7 @@
 # The verbs: make demo, make test, make style, make bench. Each makes its virtual environment first.
-# "make bench" compares with FAISS, vector-quantize-pytorch and transformers, and whole tokenizers with PEER=file.py; see
-# benchmarks/encode.py for what that file has to offer. Its reports go to OUT; REPORTS=kernels/benchmarks replaces ours.
+# "make bench" compares with FAISS, vector-quantize-pytorch, transformers, regex, tiktoken and tokenizers, and whole tokenizers
+# with PEER=file.py; see benchmarks/encode.py for what that file has to offer. Its reports go to OUT;
+# REPORTS=kernels/benchmarks replaces ours.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -46,6 +47,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python kernels/benchmarks/relatives.py --out $(REPORTS)/relatives.json
 	$(BIN)/python kernels/benchmarks/exactness.py --out $(REPORTS)/exactness.json
 	$(BIN)/python kernels/benchmarks/plot.py --report $(REPORTS)/report.json --out $(REPORTS)/lookup.svg
+	$(BIN)/python benchmarks/text.py --json $(REPORTS)/text.json
 	$(BIN)/python benchmarks/encode.py one_d_piece_s.in1k_256 titok_b64.in1k $(if $(PEER),--peer $(PEER))
 
 clean:

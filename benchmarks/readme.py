@@ -55,6 +55,17 @@ def encode() -> str:
     return "\n".join(lines)
 
 
+def splitters() -> str:
+    """The report of the splitters' benchmark: megabytes of text per second of processor time."""
+    report = json.loads((ROOT / "benchmarks" / "text.json").read_text())
+    lines = ["| | MB/s | bytes per word |", "|---|---:|---:|"]
+    for name, (processor, _) in report["megabytes_per_second"].items():
+        mean = report["bytes_per_word"].get(name)
+        lines.append(f"| {f'`{name}`' if mean else name} | {processor:.3g} | {f'{mean:.2f}' if mean else ''} |")
+    megabytes = f"{report['megabytes']:.0f} MB of code and of ten languages"
+    return "\n".join([*lines, "", f"{megabytes}, {report['machine']}, {report['kernels']}."])
+
+
 def block(text: str, name: str) -> str:
     """What stands between the markers of this name."""
     match = re.search(f"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
@@ -71,7 +82,13 @@ def kernels(table: str, report: str) -> str:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"models": models, "nano": nano, "encode": encode, "lookup": partial(kernels, "short_table", "report.json")},
+    "README.md": {
+        "models": models,
+        "nano": nano,
+        "encode": encode,
+        "lookup": partial(kernels, "short_table", "report.json"),
+        "splitters": splitters,
+    },
     "kernels/benchmarks/README.md": {
         "lookup": partial(kernels, "lookup_table", "report.json"),
         "costs": partial(kernels, "cost_table", "report.json"),

@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& ids, int64_t
     STD_TORCH_CHECK(id[n] >= 0 && id[n] < size, "expected ids in [0, ", size, "), got ", id[n]);
   std::vector<int64_t> number(size);
   float* total = static_cast<float*>(sums.mutable_data_ptr());
-  const int64_t parts = std::clamp<int64_t>((count + size) * width >> 15, 1, std::min<int64_t>(torch::stable::get_num_threads(), size));
+  const int64_t parts = std::clamp<int64_t>((count + size) * width >> 17, 1, std::min<int64_t>(torch::stable::get_num_threads(), size));
   parallel(parts, [&](int64_t p) {
     const int64_t first = size * p / parts, last = size * (p + 1) / parts;
     std::fill_n(total + first * width, (last - first) * width, 0.f);

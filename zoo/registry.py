@@ -24,13 +24,16 @@ CARDS_GROUP = "tokenzoo.cards"
 
 _BUILTIN = {
     "autoencoder_kl": "tokenzoo.tokenizers.image.autoencoder_kl:GridVAE",
+    "blt": "tokenzoo.tokenizers.text.blt:BLT",
     "dac": "tokenzoo.tokenizers.audio.dac:Dac",
     "encodec": "tokenzoo.tokenizers.audio.encodec:Encodec",
+    "equal_info": "tokenzoo.tokenizers.text.equal_info:EqualInfo",
     "flextok": "tokenzoo.tokenizers.image.flextok:FlexTok",
     "karl": "tokenzoo.tokenizers.image.karl:KARL",
     "karl_nano": "tokenzoo.tokenizers.image.karl_nano:KARLNano",
     "maskgit_vqgan": "tokenzoo.tokenizers.image.maskgit_vqgan:VQGAN",
     "mimi": "tokenzoo.tokenizers.audio.mimi:Mimi",
+    "mrt5": "tokenzoo.tokenizers.text.mrt5:MrT5",
     "one_d_piece": "tokenzoo.tokenizers.image.one_d_piece:OneDPiece",
     "one_d_piece_nano": "tokenzoo.tokenizers.image.one_d_piece_nano:OneDPieceNano",
     "retok": "tokenzoo.tokenizers.image.retok:ReToK",

@@ -7,43 +7,14 @@ level it scales and shifts normalised channels by the spread and the mean of its
 Shapes: B batch, C channels, D width of the features, H W height and width, h w height and width of the grid.
 """
 
-import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenzoo.encoders.autoencoder_kl import Downsample, Level, ResidualBlock
+
 GROUPS, EPSILON = 32, 1e-6
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each behind GroupNorm and SiLU; a 1x1 convolution on the shortcut where the width changes."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(GROUPS, in_channels, eps=EPSILON)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(GROUPS, out_channels, eps=EPSILON)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, in_channels, H, W]` to `[B, out_channels, H, W]`."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
-
-
-class Halve(nn.Module):
-    """A 3x3 convolution of stride 2, padded with zeros below and on the right."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` to `[B, C, H / 2, W / 2]`."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Double(nn.Module):
@@ -76,22 +47,6 @@ class AdaptiveGroupNorm(nn.Module):
         return F.group_norm(x, GROUPS, eps=EPSILON) * scale[..., None, None] + shift[..., None, None]
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution, and what leads to the next."""
-
-    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, resample: nn.Module | None) -> None:
-        super().__init__()
-        widths = [in_channels, *[out_channels] * num_blocks]
-        self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(widths))
-        self.resample = resample
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, in_channels, H, W]` to `[B, out_channels, H', W']`."""
-        for block in self.blocks:
-            x = block(x)
-        return x if self.resample is None else self.resample(x)
-
-
 class ConvEncoder(nn.Module):
     """Images to features on a grid that is coarser by 2 for every level but the last.
 
@@ -108,10 +63,10 @@ class ConvEncoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(before, width, num_blocks, Halve(width) if i < last else None)
+            Level([before, *[width] * num_blocks], GROUPS, Downsample(width) if i < last else None)
             for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
         )
-        self.mid = nn.ModuleList(ResidualBlock(widths[-1], widths[-1]) for _ in range(2))
+        self.mid = nn.ModuleList(ResidualBlock(widths[-1], widths[-1], GROUPS) for _ in range(2))
         self.norm_out = nn.GroupNorm(GROUPS, widths[-1], eps=EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], dim, 3, padding=1)
 
@@ -134,11 +89,12 @@ class StyledDecoder(nn.Module):
         widths = [channels * m for m in reversed(multipliers)]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(dim, widths[0], 3, padding=1)
-        self.mid = nn.ModuleList(ResidualBlock(widths[0], widths[0]) for _ in range(2))
+        self.mid = nn.ModuleList(ResidualBlock(widths[0], widths[0], GROUPS) for _ in range(2))
         pairs = list(zip([widths[0], *widths], widths, strict=False))
         self.styles = nn.ModuleList(AdaptiveGroupNorm(dim, before) for before, _ in pairs)
         self.levels = nn.ModuleList(
-            Level(before, width, num_blocks + 1, Double(width) if i < last else None) for i, (before, width) in enumerate(pairs)
+            Level([before, *[width] * (num_blocks + 1)], GROUPS, Double(width) if i < last else None)
+            for i, (before, width) in enumerate(pairs)
         )
         self.norm_out = nn.GroupNorm(GROUPS, widths[-1], eps=EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)

@@ -223,6 +223,8 @@ _TRANSFORMER = (
 
 PUBLISHED = Adapter(
     rules=(
+        ("encoder.conv_blocks.{}.res.{}.nin_shortcut.", "conv_encoder.levels.{}.blocks.{}.shortcut."),
+        ("decoder.conv_blocks.{}.res.{}.nin_shortcut.", "conv_decoder.levels.{}.blocks.{}.shortcut."),
         ("encoder.conv_blocks.{}.res.{}.", "conv_encoder.levels.{}.blocks.{}."),
         ("encoder.conv_blocks.{}.downsample.conv.", "conv_encoder.levels.{}.resample.conv."),
         ("encoder.", "conv_encoder."),

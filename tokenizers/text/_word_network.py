@@ -18,19 +18,21 @@ _FAR = -1e4
 
 
 class WordEncoder(Quantizer):
-    """Bytes of each word to k vectors: byte transformer, attention pooling by learned queries, residual blocks.
+    """Bytes of each word to k vectors: byte transformer, pooling by learned queries, residual blocks.
 
-    Padding is masked wherever bytes meet, so a word's vectors do not depend on the width it is padded to.
+    A word is k shares of about as many bytes each, and the queries of a vector look at its share, so that a vector has little
+    to say; what else it should know of the word, the byte transformer tells the share's bytes. Padding is masked wherever
+    bytes meet: a word's vectors do not depend on the width it is padded to.
 
     Args:
         longest: Bytes of the longest word.
         dim: Width of a byte.
-        layers: Layers of the byte transformer; without any, bytes meet in the pooling alone.
+        layers: Layers of the byte transformer.
         heads: Attention heads of a layer.
         num_vectors: Vectors k of a word, each with queries of its own.
         queries: Learned queries of each vector.
         hidden_dim: Width of the blocks.
-        blocks: Residual blocks behind the pooling.
+        blocks: Residual blocks behind the pooling, shared by all vectors.
         vector_dim: Width D of a vector.
     """
 
@@ -51,57 +53,77 @@ class WordEncoder(Quantizer):
         self.num_vectors, self.queries = num_vectors, num_vectors * queries
         self.bytes = nn.Embedding(256, dim)
         self.positions = nn.Parameter(0.3 * torch.randn(longest, dim))
+        self.places = nn.Parameter(0.3 * torch.randn(longest, dim))
+        self.lengths = nn.Parameter(0.3 * torch.randn(longest, dim))
         self.layers = nn.ModuleList(_ByteLayer(dim, heads) for _ in range(layers))
         self.scores = nn.Linear(dim, self.queries)
         self.values = nn.Linear(dim, num_vectors * dim)
-        self.norm = nn.LayerNorm(num_vectors * dim)
-        self.up = nn.Linear(num_vectors * dim, hidden_dim)
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, hidden_dim)
+        self.shares = nn.Parameter(0.02 * torch.randn(num_vectors, hidden_dim))
         self.blocks = nn.ModuleList(_Block(hidden_dim, hidden_dim) for _ in range(blocks))
         self.out_norm = nn.LayerNorm(hidden_dim)
-        self.out = nn.Linear(hidden_dim, num_vectors * vector_dim)
+        self.out = nn.Linear(hidden_dim, vector_dim)
 
     def forward(self, bytes_WN: Tensor, lengths: Tensor) -> Tensor:
         """Vectors `[W, k, D]` of bytes int64 `[W, N]`, of which the first `lengths` `[W]` count, at least one."""
         count, width = bytes_WN.shape
-        real = torch.arange(width, device=lengths.device) < lengths[:, None]
-        x = self.bytes(bytes_WN) + self.positions[:width]
+        at = torch.arange(width, device=lengths.device)
+        real = at < lengths[:, None]
+        share = torch.where(real, at * self.num_vectors // lengths[:, None], -1)
+        place = at - (share * lengths[:, None] + self.num_vectors - 1) // self.num_vectors
+        x = self.bytes(bytes_WN) + self.positions[:width] + self.lengths[lengths - 1][:, None]
+        x = x + self.places[torch.where(real, place, 0)]
         for layer in self.layers:
             x = layer(x, real)
-        weights = self.scores(x).masked_fill(~real[..., None], _FAR).softmax(1)
+        seen = share[..., None] == torch.arange(self.num_vectors, device=share.device)
+        seen = seen.repeat_interleave(self.queries // self.num_vectors, -1)
+        weights = self.scores(x).masked_fill(~seen, _FAR).softmax(1) * seen
         values = self.values(x).view(count, width, self.queries, -1)
-        pooled = (weights[..., None] * values).sum(1).flatten(1)
-        x = self.up(self.norm(pooled))
+        pooled = (weights[..., None] * values).sum(1).view(count, self.num_vectors, -1)
+        x = self.up(self.norm(pooled)) + self.shares
         for block in self.blocks:
             x = block(x)
         vectors: Tensor = self.out(self.out_norm(x))
-        return vectors.view(count, self.num_vectors, -1)
+        return vectors
 
 
 class WordDecoder(Quantizer):
     """A condition to bytes, left to right within a word, all words at once.
 
-    The distribution of a byte is a function of the condition and of all bytes of the word before it, which a window as long as
-    the longest word shows at once: nothing is kept between steps.
+    The condition says of each position of the word what stands there. The distribution of a byte is a function of that and of
+    all bytes of the word before it, which a window as long as the longest word shows at once: nothing is kept between steps.
 
     Args:
         longest: Bytes of the longest word.
         condition_dim: Width of the condition.
         hidden_dim: Width of the blocks that read the condition.
         condition_blocks: How many of those there are.
+        said_dim: Width of what they say of a position.
         byte_dim: Width of an earlier byte.
         dim: Width of a position.
         blocks: Residual blocks of a position.
     """
 
     def __init__(
-        self, *, longest: int, condition_dim: int, hidden_dim: int, condition_blocks: int, byte_dim: int, dim: int, blocks: int
+        self,
+        *,
+        longest: int,
+        condition_dim: int,
+        hidden_dim: int,
+        condition_blocks: int,
+        said_dim: int,
+        byte_dim: int,
+        dim: int,
+        blocks: int,
     ) -> None:
         super().__init__()
         self.longest, self.byte_dim = longest, byte_dim
         self.condition_in = nn.Linear(condition_dim, hidden_dim)
         self.condition_blocks = nn.ModuleList(_Block(hidden_dim, hidden_dim) for _ in range(condition_blocks))
         self.condition_norm = nn.LayerNorm(hidden_dim)
-        self.condition_out = nn.Linear(hidden_dim, dim)
+        self.condition_out = nn.Linear(hidden_dim, (longest + 1) * said_dim)
+        self.said = nn.Linear(said_dim, dim)
         self.bytes = nn.Embedding(257, byte_dim)
         self.window = nn.Linear(longest * byte_dim, dim, bias=False)
         self.blocks = nn.ModuleList(_Block(dim, 2 * dim) for _ in range(blocks))
@@ -109,27 +131,27 @@ class WordDecoder(Quantizer):
         self.head = nn.Linear(dim, 257)
 
     def condition(self, x: Tensor) -> Tensor:
-        """What every position of a word sees of its condition: `(..., C)` to `(..., D)`."""
+        """What is said of each position: `(..., C)` to `(..., (longest + 1) * S)`."""
         x = self.condition_in(x)
         for block in self.condition_blocks:
             x = block(x)
         out: Tensor = self.condition_out(self.condition_norm(x))
         return out
 
-    def forward(self, condition_WD: Tensor, bytes_WN: Tensor) -> Tensor:
+    def forward(self, condition: Tensor, bytes_WN: Tensor) -> Tensor:
         """Logits `[W, N + 1, 257]` of each byte and of the end behind the last, given the right bytes before it."""
         count, width = bytes_WN.shape
         nothing = bytes_WN.new_full((count, self.longest), END)
-        past = self.bytes(torch.cat([nothing, bytes_WN], 1)).to(condition_WD.dtype).flatten(1)
+        past = self.bytes(torch.cat([nothing, bytes_WN], 1)).to(condition.dtype).flatten(1)
         windows = past.unfold(1, self.longest * self.byte_dim, self.byte_dim)[:, : width + 1]
-        return self._logits(condition_WD[:, None], windows)
+        return self._logits(condition.view(count, self.longest + 1, -1)[:, : width + 1], windows)
 
-    def next(self, condition_WD: Tensor, window_WN: Tensor) -> Tensor:
-        """Logits `[W, 257]` behind the last `longest` symbols int64 `[W, longest]`."""
-        return self._logits(condition_WD, self.bytes(window_WN).flatten(1))
+    def next(self, condition: Tensor, symbols: Tensor, at: int) -> Tensor:
+        """Logits `[W, 257]` of position `at`, behind the last `longest` symbols int64 `[W, longest]`."""
+        return self._logits(condition.view(len(condition), self.longest + 1, -1)[:, at], self.bytes(symbols).flatten(1))
 
-    def _logits(self, condition: Tensor, window: Tensor) -> Tensor:
-        x = F.gelu(self.window(window) + condition)
+    def _logits(self, said: Tensor, window: Tensor) -> Tensor:
+        x = F.gelu(self.window(window) + self.said(said))
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
@@ -160,7 +182,7 @@ class NextWord(Quantizer):
         self.decoder = decoder
 
     def forward(self, vectors_BTD: Tensor, *, before: Tensor | None = None, state: State | None = None) -> Tensor:
-        """Conditions `[B, T, C]` of words 0 to T - 1, each from the vectors `[B, T, k * D]` of those before it.
+        """Conditions `[B, T, ...]` of words 0 to T - 1, each from the vectors `[B, T, k * D]` of those before it.
 
         A long text may come in pieces, with one `state`; `before` is the last word of the piece before, `[B, 1, k * D]`.
         """

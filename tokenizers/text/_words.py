@@ -43,7 +43,7 @@ class Words(NamedTuple):
     def groups(self) -> Iterator[tuple[Tensor, "Words"]]:
         """Words of similar length, no wider than they need: their indices `[M]`, and they themselves.
 
-        Words of one zero byte fill groups up to a multiple of `ROWS`: shapes are few then, each of which matrix products have to
+        Words of one zero byte fill groups up to a multiple of `ROWS`: shapes are few then, each of which products have to
         be prepared for, and a word is computed in the same shapes whatever words are beside it.
         """
         lower = 0

@@ -19,11 +19,12 @@ beats all others by `margin`, a hundred times what another batch, thread count o
 Shapes: B batch, K = k * Q codebooks, L frames, W words, T words of a text, N bytes, D width of a vector.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ from tokenzoo.tokenizers.tokens import pad_and_cat
 
 _KNOWN = 1 << 18  # words whose frames are kept
 _PIECE = 256  # words of a text that are scored at a time
+_TEXTS, _BYTES = 256, 1 << 20  # texts, and their bytes, whose words are computed together
 _LN2 = 0.6931471805599453
 
 
@@ -64,6 +66,7 @@ class WordPoolConfig(TokenizerConfig):
         queries: Learned queries of each vector.
         hidden_dim: Width of the blocks between bytes and vectors.
         blocks: How many of those there are, on each side.
+        said_dim: Width of what the decoder's blocks say of a position.
         past_dim: Width of an earlier byte in the decoder.
         position_dim: Width of a position in the decoder.
         position_blocks: Residual blocks of a position.
@@ -73,8 +76,8 @@ class WordPoolConfig(TokenizerConfig):
         model_heads: Its attention heads.
         context: Words that it looks back on.
         commitment: Weight of the commitment loss.
-        decay: Of the codebooks' moving averages.
-        restart_after: Training steps without a word after which a code is set anew.
+        decay: Of the codebooks' moving averages; 0: they follow gradients.
+        restart_after: Training steps without a word after which a code is set anew; 0: never.
         kmeans_iterations: Rounds of k-means that set the codebooks when they are first used.
         continuous: Share of the training before vectors are quantized.
         batch_words: Words of a training batch that are read and written, chosen at random among those that differ.
@@ -93,6 +96,7 @@ class WordPoolConfig(TokenizerConfig):
     queries: int = 16
     hidden_dim: int = 1024
     blocks: int = 2
+    said_dim: int = 64
     past_dim: int = 64
     position_dim: int = 512
     position_blocks: int = 2
@@ -114,7 +118,7 @@ class WordPoolConfig(TokenizerConfig):
             raise ValueError(f"expected a codebook_size above {RAW}, which are raw bytes, got {self.codebook_size}")
         if not 4 <= self.longest <= 256:
             raise ValueError(f"expected longest from 4 to 256 bytes, got {self.longest}")
-        if self.byte_dim % self.byte_heads or self.num_vectors * self.byte_dim % (self.num_vectors * self.queries):
+        if self.byte_dim % self.byte_heads or self.byte_dim % self.queries:
             raise ValueError(f"expected byte_dim to be a multiple of byte_heads and of queries, got {self.byte_dim = }")
         if min(self.num_vectors, self.stages, self.queries, self.position_dim) < 1 or self.margin <= 0:
             raise ValueError("expected at least one vector, stage, query and channel, and a margin above 0")
@@ -158,7 +162,13 @@ class WordPool(TextTokenizer):
             blocks=config.blocks,
             vector_dim=config.vector_dim,
         )
-        learning = Learning(decay=config.decay, restart_after=config.restart_after, kmeans_iterations=config.kmeans_iterations)
+        learning = None
+        if config.decay or config.restart_after or config.kmeans_iterations:
+            learning = Learning(
+                decay=config.decay or None,
+                restart_after=config.restart_after or None,
+                kmeans_iterations=config.kmeans_iterations,
+            )
         self.quantizers = nn.ModuleList(
             ResidualQuantizer(self.codes, config.vector_dim, config.stages, commitment=config.commitment, learning=learning)
             for _ in range(config.num_vectors)
@@ -184,6 +194,7 @@ class WordPool(TextTokenizer):
             condition_dim=condition_dim,
             hidden_dim=config.hidden_dim,
             condition_blocks=config.blocks,
+            said_dim=config.said_dim,
             byte_dim=config.past_dim,
             dim=config.position_dim,
             blocks=config.position_blocks,
@@ -202,6 +213,28 @@ class WordPool(TextTokenizer):
         return joined(data, self.splitter.split(data), self.config.joined)
 
     # -- encode
+
+    def _batches(self, items: Sequence[Any]) -> Iterator[tuple[list[int], Tensor, list[dict[str, Any]]]]:
+        """As in `TextTokenizer`; the words of many texts are computed together, which changes no id and takes less time."""
+        waiting: list[Any] = []
+        size = 0
+        for batch in super()._batches(items):
+            waiting.append(batch)
+            size += batch[1].numel()
+            if len(waiting) >= _TEXTS or size >= _BYTES:
+                self._learn(waiting)
+                yield from waiting
+                waiting, size = [], 0
+        self._learn(waiting)
+        yield from waiting
+
+    def _learn(self, batches: Iterable[tuple[list[int], Tensor, list[dict[str, Any]]]]) -> None:
+        words: set[bytes] = set()
+        for _, rows, meta in batches:
+            for row, about in zip(rows, meta, strict=True):
+                text = row[: about["bytes"]].numpy().tobytes()
+                words.update(words_of(text, self.split(text)))
+        self._frames(sorted(words))
 
     def _encode_texts(self, texts: Sequence[bytes], *, seed: int) -> Codes:
         del seed
@@ -281,20 +314,32 @@ class WordPool(TextTokenizer):
 
     # -- decode
 
+    @torch.no_grad()
+    def decode(self, tokens: Tokens, *, native: bool = False) -> list[str | bytes]:  # type: ignore[override]
+        """As `TextTokenizer.decode`; the words of many texts are spelled together."""
+        self._check_tokens(tokens)
+        results: list[str | bytes] = []
+        for at in range(0, len(tokens), _TEXTS):
+            for i, data in enumerate(self._decode_texts(tokens[at : at + _TEXTS]), at):
+                results.append(data if native else self._restore(data, tokens, i))
+        return results
+
     def _decode_texts(self, tokens: Tokens) -> list[bytes]:
         if bool((tokens.lengths != tokens.lengths[:, :1]).any()):
             raise TokensError(f"expected as many ids of each codebook, got lengths {tokens.lengths.tolist()}")
         lengths = tokens.lengths[:, 0].tolist()
-        return [self._text(tokens.ids[b, :, :length].mT.cpu().numpy()) for b, length in enumerate(lengths)]
+        frames = [tokens.ids[b, :, :length].mT.cpu().numpy() for b, length in enumerate(lengths)]
+        parts = self._bytes_of(np.concatenate(frames))
+        ends = np.cumsum(lengths).tolist()
+        return [b"".join(parts[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
-    def _text(self, frames_LK: np.ndarray) -> bytes:
-        if not len(frames_LK):
-            return b""
+    def _bytes_of(self, frames_LK: npt.NDArray[np.int64]) -> list[bytes]:
+        """What each frame stands for."""
         raw, parts = raw_bytes(frames_LK, self.codes)
         codes, index = np.unique(frames_LK[~raw], axis=0, return_inverse=True)
         words = self.spell(torch.from_numpy(codes).to(self.device))
         bytes_of_raw, words_of_codes = iter(parts), iter(index.ravel().tolist())
-        return b"".join([next(bytes_of_raw) if is_raw else words[next(words_of_codes)] for is_raw in raw.tolist()])
+        return [next(bytes_of_raw) if is_raw else words[next(words_of_codes)] for is_raw in raw.tolist()]
 
     @torch.no_grad()
     def spell(self, codes_WK: Tensor) -> list[bytes]:
@@ -311,8 +356,8 @@ class WordPool(TextTokenizer):
                 padded = F.pad(part, (0, 0, 0, ROWS - len(part)))
                 condition = self.decoder.condition(self.vectors_of(padded).flatten(1))
                 symbols = padded.new_full((ROWS, longest), END)
-                for _ in range(longest + 1):
-                    logits = self.decoder.next(condition, symbols[:, -longest:])
+                for place in range(longest + 1):
+                    logits = self.decoder.next(condition, symbols[:, -longest:], place)
                     symbols = torch.cat([symbols, logits.argmax(-1, keepdim=True)], 1)
                 for codes, row in zip(part.tolist(), symbols[:, longest:].tolist(), strict=False):
                     length = row.index(END) if END in row else 0
@@ -424,7 +469,7 @@ class WordPool(TextTokenizer):
         assert self.next_word is not None, "checked by the callers"
         index, vectors = index.to(self.device), vectors.flatten(1)
         rows = nn.utils.rnn.pad_sequence([vectors[part] for part in index.split(counts)], batch_first=True)
-        conditions = self.next_word(rows)
+        conditions = self.next_word(F.pad(rows, (0, 0, 0, -rows.shape[1] % ROWS)))
         flat = torch.cat([condition[:count] for condition, count in zip(conditions, counts, strict=True)])
         return _read(self.next_word.decoder, flat, Words(words.bytes[index], words.lengths[index]))
 

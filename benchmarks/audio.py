@@ -1,17 +1,21 @@
 """How fast an audio codec encodes and decodes, beside another implementation of it in the same paired rounds.
 
-    python benchmarks/audio.py encodec_24khz.meta mimi.kyutai --peer my_peer.py --seconds 10
+    python benchmarks/audio.py encodec_24khz.meta mimi.kyutai --seconds 10
+    python benchmarks/audio.py wavtokenizer_small_320.libritts --peer my_peer.py
+    python benchmarks/audio.py encodec_24khz.meta --memory 1
 
-Weights are random; nothing is downloaded. The peer is a file of yours with three functions:
+Weights are random; nothing is downloaded. The peers of EnCodec, DAC and Mimi are those of transformers and that of SNAC is
+snac, where these are installed. For what they do not have, the peer is a file of yours with four functions:
 
     load_state(name, state)   # takes the card's name and a state dict under the published keys
     encode(batch)             # [B, C, S] to whatever its decode takes, all codebooks
+    ids(codes)                # that to one sequence [B, T] per codebook
     decode(codes)             # that to audio [B, C, S']
 
 Rounds and ratios as in `encode.py`: medians of peer time / our time, by the clock and by processor time. `speed` is seconds of
-audio per second. Where ids or audio differ there is nothing to compare, and the benchmark says so; `ids` of the peer are
-read by its function `ids(codes)`, one sequence per codebook. With `--memory HOURS` the peak resident memory of encoding
-and decoding that much noise is measured instead, in this process.
+audio per second. Where ids or audio differ there is nothing to compare, and the benchmark says so. With `--memory HOURS` the
+peak resident memory of encoding and decoding that much noise is measured instead: all that this process holds, Python,
+torch, the weights, the recording and its reconstruction included.
 """
 
 import argparse
@@ -20,31 +24,36 @@ import resource
 import statistics
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from encode import Contender, load_peer, ratio, time_rounds
+from audio_peers import installed_peer
+from encode import Contender, load_peer, random_tokenizer, ratio, time_rounds
 from torch import Tensor
 
-from tokenzoo.registry import find_card, tokenizer_class
+from tokenzoo.registry import find_card
 from tokenzoo.tokenizers.audio.codec import Codec
 
 
 def random_codec(name: str) -> Codec:
     """The codec of a card with seeded random weights: codebooks at the scale of the latents, so that ids spread."""
-    card = find_card(name)
-    cls = tokenizer_class(card.architecture)
-    torch.manual_seed(0)
-    codec = cls(cls.config_class.from_dict(dict(card.config))).eval().requires_grad_(False)  # type: ignore[call-arg]
-    assert isinstance(codec, Codec)
-    for parameter, tensor in codec.named_parameters():
-        if parameter.endswith("codebook"):
-            tensor.normal_(std=0.1)
+    codec = random_tokenizer(name, codebook_scale=0.1)
+    if not isinstance(codec, Codec):
+        raise SystemExit(f"{name} is no audio codec")
     return codec
 
 
-def same(codec: Codec, batch: Tensor, peer: ModuleType) -> tuple[float, float]:
+def peer_of(name: str, codec: Codec, file: Path | None) -> Any | None:
+    """The installed peer, or that in the file, with our weights."""
+    state = codec.adapters[find_card(name).source.adapter or ""].to_published(codec.state_dict())
+    peer = installed_peer(codec, state)
+    if peer is None and file is not None:
+        peer = load_peer(file)
+        peer.load_state(name, state)
+    return peer
+
+
+def same(codec: Codec, batch: Tensor, peer: Any) -> tuple[float, float]:
     """Fraction of equal ids, and the largest difference of the audio that the peer's codes decode to."""
     codes = peer.encode(batch)
     ours = codec._encode(batch, length=None, seed=0)
@@ -59,9 +68,10 @@ def same(codec: Codec, batch: Tensor, peer: ModuleType) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def measure(name: str, peer: ModuleType | None, *, seconds: float, rounds: int) -> dict[str, Any]:
+def measure(name: str, file: Path | None, *, seconds: float, rounds: int) -> dict[str, Any]:
     """Seconds of audio per second of `_encode` and `_decode`, and how much longer the peer takes."""
     codec = random_codec(name)
+    peer = peer_of(name, codec, file)
     noise = torch.randn(1, codec.channels, round(seconds * codec.sample_rate), generator=torch.Generator().manual_seed(1))
     batch = 0.3 * noise
     codes = codec._encode(batch, length=None, seed=0)
@@ -73,7 +83,6 @@ def measure(name: str, peer: ModuleType | None, *, seconds: float, rounds: int) 
     }
     result: dict[str, Any] = {"name": name, "seconds": seconds, "rounds": rounds, "threads": torch.get_num_threads()}
     if peer is not None:
-        peer.load_state(name, codec.adapters[find_card(name).source.adapter or ""].to_published(codec.state_dict()))
         agreement, difference = same(codec, batch, peer)
         result |= {"agreement": agreement, "difference": difference}
         if agreement < 0.999 or difference > 1e-3:
@@ -108,7 +117,7 @@ def main() -> None:
     """Prints a table, and JSON to a file if asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="+", help="card names")
-    parser.add_argument("--peer", type=Path, help="a Python file with load_state, encode, decode and ids")
+    parser.add_argument("--peer", type=Path, help="a Python file with load_state, encode, ids and decode")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", type=float, help="hours of audio whose peak memory to measure instead; one name only")
@@ -120,11 +129,10 @@ def main() -> None:
         results = [measure_memory(options.names[0], options.memory)]
         print(json.dumps(results[0]))
     else:
-        peer = load_peer(options.peer) if options.peer else None
         results = []
         print(f"{'codec':32} {'':14} {'x real time':>12} {'peer/ours, clock':>17} {'processor':>10}")
         for name in options.names:
-            results.append(measure(name, peer, seconds=options.seconds, rounds=options.rounds))
+            results.append(measure(name, options.peer, seconds=options.seconds, rounds=options.rounds))
             for contender, speed in results[-1]["speed"].items():
                 clock, processor = [f"{value:.2f}" for value in results[-1].get("ratio", {}).get(contender, [])] or ["", ""]
                 print(f"{name:32} {contender:14} {speed:12.1f} {clock:>17} {processor:>10}")

@@ -36,8 +36,8 @@ from tokenzoo.tokenizers import Tokenizer, TokenizerConfig
 Contender = Callable[[], object]
 
 
-def random_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a card, with seeded random weights: codebooks of unit scale, so that ids spread."""
+def random_tokenizer(name: str, codebook_scale: float = 1.0) -> Tokenizer:
+    """The tokenizer of a card, with seeded random weights: codebooks of a scale at which ids spread."""
     card = find_card(name)
     cls = tokenizer_class(card.architecture)
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def random_tokenizer(name: str) -> Tokenizer:
     tokenizer = build(cls.config_class.from_dict(card.config)).eval().requires_grad_(False)
     for parameter, tensor in tokenizer.named_parameters():
         if parameter.endswith("codebook"):
-            tensor.normal_()
+            tensor.normal_(std=codebook_scale)
     return tokenizer
 
 

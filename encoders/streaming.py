@@ -130,7 +130,7 @@ class Conv1d(nn.Conv1d, Streamed):
         if self.elu:
             padded = _pad(x, self.left, right, self.pad_mode)
             y = self._convolve(F.elu(x) if padded is x else F.elu_(padded))
-        elif self.pad_mode == "constant" and self.left == right and self.stride[0] == 1:
+        elif self.pad_mode == "constant" and self.left == right and self.stride == self.dilation == (1,):
             y = self._convolve(x, right)
         else:
             y = self._convolve(_pad(x, self.left, right, self.pad_mode))

@@ -23,13 +23,13 @@ class Rotary(NamedTuple):
     neighbours: bool = False
 
     def angles(self, positions: Tensor, head_dim: int) -> Tensor:
-        """Angles `[N, head_dim / 2]` of positions `[N]` in float64 on the CPU, where far positions lose no digits."""
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-        return torch.outer(positions.cpu().double(), self.theta**-exponents)
+        """Angles `[N, head_dim / 2]` of positions `[N]`, in float32, as the published networks were trained with them."""
+        exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+        return torch.outer(positions.float(), 1.0 / self.theta**exponents)
 
     def turn(self, x: Tensor, angles: Tensor) -> Tensor:
         """Heads `[..., N, H, head_dim]` turned by `angles`, in float32."""
-        cos, sin = (wave.float().to(x.device)[:, None] for wave in (angles.cos(), angles.sin()))
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         split = x.float().unflatten(-1, (-1, 2) if self.neighbours else (2, -1))
         a, b = split.unbind(-1 if self.neighbours else -2)
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1 if self.neighbours else -2)
@@ -62,7 +62,7 @@ class ByteTransformer(nn.Module):
         pieces = []
         for start in range(0, x.shape[1], PIECE):
             piece = x[:, start : start + PIECE]
-            angles = self.rotary.angles(torch.arange(start, start + piece.shape[1]), self.head_dim)
+            angles = self.rotary.angles(torch.arange(start, start + piece.shape[1], device=x.device), self.head_dim)
             for i, layer in enumerate(self.layers):
                 piece, past = layer(piece, pasts[i], self.rotary, angles, self.window)
                 pasts[i] = past if start + PIECE < x.shape[1] else None

@@ -59,6 +59,8 @@ class Source:
         adapter: Published layout, a key of the architecture's `adapters`; `None` for our own layout.
         config: Path of the published config in the repository, whose values go before those of the card's config; only the
             architecture's own reader sees it, and nothing that it names is imported.
+        tensors: Patterns (`fnmatch`) of the tensors to read, where a checkpoint holds much more than the tokenizer; `file` is
+            then its `.safetensors.index.json`.
     """
 
     file: str
@@ -69,6 +71,7 @@ class Source:
     sha256: str | None = None
     adapter: str | None = None
     config: str | None = None
+    tensors: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         path = PurePosixPath(self.file)
@@ -87,6 +90,11 @@ class Source:
             raise ConfigError("expected source.repo, or source.url and source.page: a file of the Hub needs no other address")
         if self.repo is None and self.revision is not None:
             raise ConfigError("expected source.repo beside source.revision: weights that are not on the Hub have no revisions")
+        if self.tensors is not None:
+            if self.repo is None or self.sha256 is not None or not self.file.endswith(".safetensors.index.json"):
+                raise ConfigError("expected source.tensors beside a repository's .safetensors.index.json, without sha256")
+            if not self.tensors or not all(isinstance(pattern, str) for pattern in self.tensors):
+                raise ConfigError(f"expected source.tensors to be names or patterns of names, got {list(self.tensors)}")
         if self.bundled and path.suffix != ".safetensors":
             raise ConfigError(f"expected bundled weights to be safetensors, got source.file = {self.file!r}")
 
@@ -247,6 +255,7 @@ def _card_from(name: str, text: str, package: str) -> Card:
             sha256=source.take("sha256", str, None),
             adapter=source.take("adapter", str, None),
             config=source.take("config", str, None),
+            tensors=None if (tensors := source.take("tensors", list, None)) is None else tuple(tensors),
         ),
     )
     ours.refuse_the_rest()

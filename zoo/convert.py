@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from tokenzoo.hub import assemble, find_adapter, read_published, verify
+from tokenzoo.partial import read_tensors
 from tokenzoo.published import with_published_config
 from tokenzoo.registry import find_card, tokenizer_class
 from tokenzoo.tokenizers.errors import ConfigError, WeightsError
@@ -21,7 +22,8 @@ def convert(source_file: str | os.PathLike[str], name: str, folder: str | os.Pat
         >>> tok = tokenzoo.load("./one_d_piece_s")
 
     Args:
-        source_file: The published file: safetensors (by its suffix) or a PyTorch pickle, of which only tensors are read.
+        source_file: The published file: safetensors (by its suffix) or a PyTorch pickle, of which only tensors are read; or the
+            index of several safetensors files, which lie beside it.
         name: Card whose weights they are; its tag may be left out as in `load`.
         folder: Made if missing.
 
@@ -42,7 +44,12 @@ def convert(source_file: str | os.PathLike[str], name: str, folder: str | os.Pat
     verify(path, card.source.sha256)
     card = with_published_config(card, cls, functools.partial(_beside, path, str(card.source.repo)))
     revision = card.source.revision if card.source.sha256 else None
-    tokenizer = assemble(card, cls, read_published(path, find_adapter(card, cls)), revision)
+    adapter = find_adapter(card, cls)
+    if card.source.tensors is not None:
+        state = adapter.to_ours(read_tensors(path, card.source.tensors))
+    else:
+        state = read_published(path, adapter)
+    tokenizer = assemble(card, cls, state, revision)
     return tokenizer.save_pretrained(Path(folder).expanduser())
 
 

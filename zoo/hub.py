@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tokenzoo.card import Card
 from tokenzoo.outside import published_file
+from tokenzoo.partial import fetch_tensors
 from tokenzoo.published import with_published_config
 from tokenzoo.registry import closest, tokenizer_class
 from tokenzoo.tokenizers.adapter import Adapter
@@ -95,6 +96,19 @@ def load_card(
         )
 
     card = with_published_config(card, cls, get)
+    if card.source.tensors is not None:
+        path, commit = fetch_tensors(
+            str(card.source.repo),
+            card.source.file,
+            card.source.tensors,
+            own_cache=own_cache,
+            revision=wanted,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        with forgetting_damaged(path):
+            return assemble(card, cls, read_published(path, adapter), commit)
     path = get(str(card.source.repo), card.source.file)
     trusted = card.source.sha256 if wanted == card.source.revision else None
     with forgetting_damaged(path):

@@ -29,6 +29,7 @@ _BUILTIN = {
     "encodec": "tokenzoo.tokenizers.audio.encodec:Encodec",
     "equal_info": "tokenzoo.tokenizers.text.equal_info:EqualInfo",
     "flextok": "tokenzoo.tokenizers.image.flextok:FlexTok",
+    "hat": "tokenzoo.tokenizers.text.hat:HAT",
     "karl": "tokenzoo.tokenizers.image.karl:KARL",
     "karl_nano": "tokenzoo.tokenizers.image.karl_nano:KARLNano",
     "maskgit_vqgan": "tokenzoo.tokenizers.image.maskgit_vqgan:VQGAN",

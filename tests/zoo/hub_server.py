@@ -212,10 +212,10 @@ class _Cdn(_Handler):
             self.state.shorts -= 1
             return self.answer(200, data[: len(data) // 2])
         status, headers = 200, {}
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(match[1])
-            status, headers = 206, {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
-            data = data[start:]
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+            status, headers = 206, {"Content_Range": f"bytes {start}-{end}/{len(data)}"}
+            data = data[start : end + 1]
         cut = self.state.drops > 0
         self.state.drops -= cut
         return self.answer(status, data, cut=cut, **headers)

@@ -23,7 +23,7 @@ from tokenzoo.kernels.windows import MULTIPLIER, WindowCode
 STEPS = 16  # of a log-odds of 1
 LIMIT = 160  # of a sum of corrections: probabilities of 4.5e-5 and up
 DIRECT = 256 + 65536  # places of orders 0 and 1, which need no hash
-_COUNT_BITS = 24
+_MORE_BITS = 5  # of the tables that are counted in, so that few contexts meet there
 _CHUNK = 1 << 21
 _COST = 16.0  # bits that a correction takes
 
@@ -49,7 +49,7 @@ def fit_model(text: np.ndarray, *, hashed_bits: int, strengths: Sequence[float])
     sums = np.zeros((8, len(text)), np.int16)
     corrections, checks = [], []
     for order, strength in enumerate(strengths):
-        bits = _COUNT_BITS if order > 1 else 8 * (order + 1)
+        bits = hashed_bits + _MORE_BITS if order > 1 else 8 * (order + 1)
         count, ones, expected = (np.zeros(1 << bits, np.float32) for _ in range(3))
         seen = np.zeros(1 << bits, np.uint8)
         for part, depth, spread in _decisions(text, order):
@@ -63,7 +63,7 @@ def fit_model(text: np.ndarray, *, hashed_bits: int, strengths: Sequence[float])
         if order < 2:
             table, check = correction, np.zeros(0, np.uint8)
         else:
-            table, check = _kept(correction, gain, seen, bits - hashed_bits)
+            table, check = _kept(correction, gain, seen, _MORE_BITS)
         for part, depth, spread in _decisions(text, order):
             sums[depth, part] += look_up(table, check, spread, hashed_bits)
         corrections.append(table)

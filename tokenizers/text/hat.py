@@ -36,7 +36,7 @@ POOLED_TOGETHER = 4096
 @strict
 @dataclass(kw_only=True)
 class HATConfig(TokenizerConfig):
-    """What the byte encoder and the pooling are made of.
+    """What the byte encoder and the pooling are made of; the cards read it from the published config.
 
     Attributes:
         dim: Width D of the byte encoder.
@@ -58,8 +58,8 @@ class HATConfig(TokenizerConfig):
     mlp_dim: int = 2816
     word_dim: int = 4096
     word_heads: int = 32
-    window: int
-    rope_theta: float
+    window: int = 768
+    rope_theta: float = 10000.0
     neighbours: bool = False
     norm_eps: float = 1e-5
     max_word_bytes: int = 100

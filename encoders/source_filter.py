@@ -23,17 +23,17 @@ class SourceFilter(nn.Module):
 
     Args:
         sample_rate: In Hz.
-        hop: Samples per frame, even.
+        hop: Samples per frame, a multiple of 4.
     """
 
     def __init__(self, sample_rate: int, hop: int) -> None:
         super().__init__()
-        if hop % SPECTRA_PER_FRAME:
-            raise ValueError(f"expected an even hop, got {hop}")
+        if hop % (2 * SPECTRA_PER_FRAME):
+            raise ValueError(f"expected a hop that is a multiple of {2 * SPECTRA_PER_FRAME}, got {hop}")
         self.sample_rate, self.hop = sample_rate, hop
         self.step, self.n_fft = hop // SPECTRA_PER_FRAME, 2 * hop
         self.margin = (self.n_fft - self.step) // 2
-        noise = torch.randn(_NOISE_SAMPLES, generator=torch.Generator().manual_seed(_NOISE_SEED))
+        noise = torch.randn(_NOISE_SAMPLES, generator=torch.Generator().manual_seed(_NOISE_SEED), device="cpu")
         self.register_buffer("noise", noise, persistent=False)
         self.register_buffer("window", torch.hann_window(self.n_fft).sqrt(), persistent=False)
         self.noise: Tensor
@@ -89,7 +89,7 @@ class SourceFilter(nn.Module):
         phase = (phases_BT[:, before] + cycles).remainder(1)
         pulses = _pulses(phase, pitch[:, before] + change * place, self.sample_rate)
         noise = self.noise[(samples + start * self.hop) % _NOISE_SAMPLES]
-        return pulses.float(), noise.expand(len(pitch), -1)
+        return pulses.float(), noise.float().expand(len(pitch), -1)
 
     def _spectra(self, signal: Tensor) -> Tensor:
         """Complex `[B, J, F]` of `[B, S + 2 * margin]`."""
@@ -106,9 +106,15 @@ class SourceFilter(nn.Module):
 
 
 def _pulses(phase: Tensor, pitch: Tensor, sample_rate: int) -> Tensor:
-    """All harmonics below half the sample rate, equally strong, of unit power together (Dirichlet's kernel)."""
-    count = (sample_rate / 2 / pitch).floor().clamp_min(1)
+    """All harmonics below half the sample rate, equally strong, of unit power together (Dirichlet's kernel).
+
+    The highest fades in, so that a changing pitch causes no clicks.
+    """
+    highest = (sample_rate / 2 / pitch).clamp_min(1)
+    count = highest.floor()
     slow = torch.sin(torch.pi * phase)
     near = slow.abs() < 1e-6
     ratio = torch.sin(torch.pi * (2 * count + 1) * phase) / torch.where(near, 1, slow)
-    return (torch.where(near, 2 * count + 1, ratio) - 1) / (2 * count).sqrt()
+    whole = (torch.where(near, 2 * count + 1, ratio) - 1) / 2
+    fading = (highest - count) * torch.cos(2 * torch.pi * (count + 1) * phase)
+    return (whole + fading) * (2 / highest).sqrt()

@@ -35,10 +35,10 @@ from tokenzoo.tokenizers.quantizers import Quantized, VectorQuantizer
 
 _WINDOW = 1024
 _KERNEL_REACH = 3  # of the blocks' convolutions, in frames
-_PITCH_REACH = 2  # frames around a piece whose pitch its samples depend on
+_PITCH_REACH = 3  # frames around a piece whose pitch its samples depend on: two windows, and the way to the next pitch
 _FLOOR = 1e-3
 _VOICED = 0.45
-_PEAK_REACH = 3
+_PEAK_REACH, _PITCH_STEPS = 3, 16
 _LOUDEST = 5.0  # natural logarithm of the largest magnitude
 _KMEANS_ROUNDS = 15
 _LOSS_RESOLUTIONS = ((256, 24), (512, 48), (1024, 80), (2048, 128))
@@ -53,7 +53,7 @@ class WavTokenizerNanoConfig(TokenizerConfig):
 
     Attributes:
         sample_rate: In Hz.
-        hop: Samples per frame, even.
+        hop: Samples per frame, a multiple of 4.
         mel_bands: Of the spectra that the encoder reads.
         pitch_candidates: Of the periodicity that it reads, and of the pitch that the decoder predicts.
         dim: Width of the latents and of a code.
@@ -84,8 +84,8 @@ class WavTokenizerNanoConfig(TokenizerConfig):
         for name in ("sample_rate", "mel_bands", "dim", "codebook_size", "width", "hidden", "encoder_layers", "decoder_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
-        if self.hop < 2 or self.hop % 2 or self.hop > _WINDOW:
-            raise ValueError(f"expected an even hop of 2 to {_WINDOW} samples, got {self.hop}")
+        if self.hop < 4 or self.hop % 4 or self.hop > _WINDOW:
+            raise ValueError(f"expected a hop that is a multiple of 4, up to {_WINDOW} samples, got {self.hop}")
         if self.pitch_candidates < 2 * _PEAK_REACH + 1:
             raise ValueError(f"expected at least {2 * _PEAK_REACH + 1} pitch_candidates, got {self.pitch_candidates}")
         if self.dim > self.mel_bands + self.pitch_candidates:
@@ -168,6 +168,7 @@ class WavTokenizerNano(Codec):
     architecture: ClassVar[str] = "wavtokenizer_nano"
     config_class: ClassVar[type[TokenizerConfig]] = WavTokenizerNanoConfig
     config: WavTokenizerNanoConfig
+    piece: float = 4.0
     whole: str = "looks ahead, and is not streamed"
 
     def __init__(self, config: WavTokenizerNanoConfig) -> None:
@@ -246,12 +247,15 @@ class WavTokenizerNano(Codec):
         return Controls(pitch, *magnitudes)
 
     def pitch(self, logits: Tensor) -> Tensor:
-        """Hz `[B, T]` of logits `[B, T, P]`: the mean around the likeliest candidate."""
+        """Hz `[B, T]` of logits `[B, T, P]`: the mean around the likeliest candidate, in steps of 1/16 Hz.
+
+        Steps keep rounding errors, which differ between a whole and its pieces, from adding up in the phase.
+        """
         count = logits.shape[-1]
         near = logits.argmax(-1, keepdim=True) + torch.arange(-_PEAK_REACH, _PEAK_REACH + 1, device=logits.device)
         inside = (near >= 0) & (near < count)
         weights = logits.gather(-1, near.clamp(0, count - 1)).masked_fill(~inside, -torch.inf).softmax(-1)
-        return pitches.frequency((weights * near).sum(-1), count)
+        return (pitches.frequency((weights * near).sum(-1), count) * _PITCH_STEPS).round() / _PITCH_STEPS
 
     # -- training
 

@@ -18,6 +18,7 @@ from tokenzoo.tokenizers.audio.encodec import Encodec, EncodecConfig
 from tokenzoo.tokenizers.audio.mimi import Mimi, MimiConfig
 from tokenzoo.tokenizers.audio.snac import Snac, SnacConfig
 from tokenzoo.tokenizers.audio.wavtokenizer import WavTokenizer, WavTokenizerConfig
+from tokenzoo.tokenizers.audio.wavtokenizer_nano import WavTokenizerNano, WavTokenizerNanoConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -25,6 +26,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 TINY = {"sample_rate": 1000, "codebook_size": 32}
 SEANET = {"ratios": (5, 2), "filters": 4, "dim": 8}
 SEGMENTS = {"channels": 2, "causal": False, "norm": "time", "segment": 200, "segment_stride": 190}
+NANO = {"hop": 12, "mel_bands": 16, "pitch_candidates": 24, "dim": 4, "width": 16, "hidden": 24}
 RATES = {"encoder_strides": (2, 5), "decoder_strides": (5, 2), "codebook_dim": 4}
 
 MAKERS = {
@@ -40,6 +42,9 @@ MAKERS = {
     "snac_32khz": lambda: Snac(SnacConfig(**TINY, **RATES, encoder_dim=16, decoder_dim=64, window=4, strides=(8, 4, 2, 1))),
     "wavtokenizer": lambda: WavTokenizer(
         WavTokenizerConfig(**TINY, **SEANET, decoder_dim=16, decoder_hidden_dim=24, decoder_layers=2, groups=4)
+    ),
+    "wavtokenizer_nano": lambda: WavTokenizerNano(
+        WavTokenizerNanoConfig(**TINY, **NANO, encoder_layers=1, decoder_layers=2, restart_after=5)
     ),
 }
 
@@ -74,10 +79,14 @@ def make(name):
     tok = MAKERS[name]().eval()
     generator = torch.Generator().manual_seed(1)
     for parameter, tensor in tok.named_parameters():
-        if parameter.endswith("codebook"):
+        if parameter.endswith("codebook") or parameter == "correction.weight":  # the latter is 0 before training
             tensor.data.normal_(generator=generator).mul_(0.3)
         elif tensor.dim() > 1:
             tensor.data.mul_(1.5)
+    if name == "wavtokenizer_nano":  # the same
+        with torch.no_grad():
+            clip = torch.cat([torch.zeros(1, 1, 120), torch.randn(1, 1, 264, generator=generator) / 2], -1)
+            tok.quantizer.codebook.copy_(tok.latents(tok.features(tok._padded(clip)))[0])
     if name == "wavtokenizer":  # one codebook has to tell the latents of noise apart by itself
         with torch.no_grad():
             latents = tok.encoder(torch.randn(1, 1, 320, generator=generator) / 2)

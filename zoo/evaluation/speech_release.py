@@ -1,0 +1,183 @@
+"""`python -m tokenzoo.evaluation.speech_release`: bundles a speech tokenizer's averaged weights, and what they measure.
+
+The run may still be going on: its last checkpoint is read. Measured are recordings that were held out, and those of a second
+folder, of speakers who were never trained on. Everything between the markers on the card, and the figures of its front
+matter, is rewritten; the prose around them is not. `tokenzoo.evaluation.speech` says what has to be installed.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from tokenzoo.card import parse_card
+from tokenzoo.evaluation import speech
+from tokenzoo.evaluation.release import BEGIN, END, half_precision, with_source
+from tokenzoo.registry import tokenizer_class
+from tokenzoo.tokenizers import Tokenizer
+from tokenzoo.tokenizers.files import write_atomically
+from tokenzoo.tokenizers.waveforms import Audio
+from tokenzoo.training.checkpoint import Checkpoint
+from tokenzoo.training.loop import CHECKPOINT
+from tokenzoo.training.recipe import Recipe, RecordingsRecipe
+from tokenzoo.training.recordings import find_recordings
+from tokenzoo.training.sources import prepare_clips
+
+MOST_RECORDINGS = 32
+_HEADS = ("STOI", "PESQ 8 kHz", "PESQ 16 kHz", "mel 8 kHz", "mel 16 kHz", "DNSMOS")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system's mean figures on one set of recordings; `narrow` if it works at 8 kHz."""
+
+    name: str
+    bits_per_second: float
+    found: Mapping[str, float]
+    narrow: bool = False
+
+    def cells(self) -> str:
+        """The row of the table."""
+        values = [
+            "-"
+            if self.narrow and name.endswith("_wb")
+            else f"{self.found[name]:.2f}"
+            if "pesq" in name or name == "dnsmos"
+            else f"{self.found[name]:.3f}"
+            for name in speech.METRICS
+        ]
+        return " | ".join([f"| {self.name}", f"{self.bits_per_second:.0f}", *values]) + " |"
+
+
+def release(run: Path, recipe: Recipe, card: Path, others: Path) -> dict[str, list[Row]]:
+    """Writes `nano/<card>.safetensors` beside `card` and refreshes the card.
+
+    Args:
+        run: Output folder of the training run.
+        recipe: Its recipe, with the folder of recordings.
+        card: The markdown file.
+        others: Folder of recordings of other speakers.
+
+    Returns:
+        What was measured, by set of recordings; the tokenizer comes first.
+    """
+    if not isinstance(recipe.data, RecordingsRecipe):
+        raise ValueError(f"expected a recipe of recordings, got {recipe.data}")
+    checkpoint = Checkpoint.load(run / CHECKPOINT)
+    state = half_precision({**checkpoint.model, **checkpoint.averaged})
+    tokenizer = _tokenizer(recipe, state)
+    clips = prepare_clips(recipe.data, run / "recordings")
+    store = clips.training.store
+    sets = {
+        "held out": chosen([store.recording(i).numpy() for i in clips.held_out_recordings]),
+        "other speakers": chosen(_read(others)),
+    }
+    rows, used = {}, set()
+    for name, originals in sets.items():
+        decoded, codes = reconstructed(tokenizer, originals)
+        rate = tokenizer.info.bits_per_second
+        mine = Row(f"**{card.stem}**", rate, _measured(decoded, originals))
+        rows[name] = [mine, *measured_peers(originals, run / f"peers_{name.replace(' ', '_')}.json")]
+        used |= codes
+    spent = checkpoint.step * recipe.batch_size * recipe.data.clip_samples / recipe.data.sample_rate / 3600
+    text = refreshed(card.read_text(), sets, rows, spent, len(used))
+    weights = save(state)
+    text = with_source(text, weights, sum(p.numel() for p in tokenizer.parameters()))
+    parse_card(card.stem, text)
+    write_atomically(card.parent / "nano" / f"{card.stem}.safetensors", weights)
+    write_atomically(card, text.encode())
+    return rows
+
+
+def chosen(recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Up to `MOST_RECORDINGS` that can be measured, evenly spread over all."""
+    long = [x for x in recordings if speech.measurable(x)]
+    if not long:
+        raise ValueError(f"expected recordings of a second or more to measure, got {len(recordings)} without any")
+    return [long[i] for i in np.linspace(0, len(long) - 1, min(MOST_RECORDINGS, len(long))).round().astype(int)]
+
+
+def reconstructed(tokenizer: Tokenizer, originals: Sequence[np.ndarray]) -> tuple[list[np.ndarray], set[int]]:
+    """Recordings encoded and decoded, and the codes that they took."""
+    decoded, codes = [], set()
+    for x in originals:
+        tokens = tokenizer.encode((torch.from_numpy(x)[None], speech.SAMPLE_RATE))
+        codes |= set(tokens.ids.flatten().tolist())
+        decoded.append(tokenizer.decode(tokens)[0][0].numpy())
+    return decoded, codes
+
+
+def measured_peers(originals: Sequence[np.ndarray], cache: Path) -> list[Row]:
+    """The codecs on these recordings, kept in `cache`."""
+    peers = speech.peers()
+    identity = [hashlib.sha256(b"".join(x.tobytes() for x in originals)).hexdigest(), [peer.name for peer in peers]]
+    if not cache.exists() or (kept := json.loads(cache.read_text()))["of"] != identity:
+        found = [_measured(speech.reconstructions(peer, originals), originals) for peer in peers]
+        kept = {"of": identity, "found": found}
+        write_atomically(cache, json.dumps(kept).encode())
+    return [Row(p.name, p.bits_per_second, found, p.narrow) for p, found in zip(peers, kept["found"], strict=True)]
+
+
+def refreshed(
+    text: str, sets: Mapping[str, Sequence[np.ndarray]], rows: Mapping[str, Sequence[Row]], hours: float, codes: int
+) -> str:
+    """The card with the measured part replaced.
+
+    Raises:
+        ValueError: If the card has no markers.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"expected the card to hold {BEGIN} and {END}: the measured part goes between them")
+    parts = [f"Measured by the bundled float16 weights, after {hours:.1f} hours of clips. {codes:,} codes were used."]
+    for name, originals in sets.items():
+        seconds = sum(len(x) for x in originals) / speech.SAMPLE_RATE
+        lines = [f"{len(originals)} recordings, {name} ({seconds:.0f} s):", "", f"| | bit/s | {' | '.join(_HEADS)} |"]
+        lines += ["| --- |" + " ---: |" * (1 + len(_HEADS)), *(row.cells() for row in rows[name])]
+        parts.append("\n".join(lines))
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + rest.partition(END)[2]
+
+
+def _measured(decoded: Sequence[np.ndarray], originals: Sequence[np.ndarray]) -> dict[str, float]:
+    return speech.mean([speech.measure(y, x) for x, y in zip(originals, decoded, strict=True)])
+
+
+def _read(folder: Path) -> list[np.ndarray]:
+    media = Audio(speech.SAMPLE_RATE)
+    return [media.read(folder / name)[0][0].numpy() for name in find_recordings(folder, ["*"])]
+
+
+def _tokenizer(recipe: Recipe, state: Mapping[str, Tensor]) -> Tokenizer:
+    """As `tokenzoo.load` would build it from these weights."""
+    cls: Any = tokenizer_class(recipe.architecture)
+    tokenizer: Tokenizer = cls(cls.config_class.from_dict(recipe.config))
+    tokenizer.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    return tokenizer.eval()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="output folder of the training run")
+    parser.add_argument("--recipe", required=True, help="its recipe: a TOML file or the name of a bundled one")
+    parser.add_argument("--data", required=True, help="folder of recordings")
+    parser.add_argument("--others", type=Path, required=True, help="folder of recordings of other speakers")
+    parser.add_argument("--card", type=Path, required=True, help="the card to refresh")
+    arguments = parser.parse_args()
+    plan = Recipe.read(arguments.recipe).to_dict()
+    plan["data"]["folder"] = arguments.data
+    torch.set_grad_enabled(False)
+    for name, rows in release(arguments.run, Recipe.from_dict(plan), arguments.card, arguments.others).items():
+        print(name, *(row.cells() for row in rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

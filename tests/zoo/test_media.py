@@ -1,4 +1,4 @@
-"""Audio through the command line, with a tiny codec in a folder."""
+"""Audio and text through the command line: audio with a tiny codec in a folder."""
 
 import io
 import json
@@ -76,3 +76,24 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         media.write(torch.zeros(1, 5), tmp_path / "a.wav", "audio")
     with pytest.raises(MediaError, match="video"):
         media.write(torch.zeros(4, 3, 8, 8), tmp_path / "a.mp4", "video")
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"), [("a\r\né", b"a\r\n\xc3\xa9"), (b"\xff\r\n", b"\xff\r\n"), ("\ud800", b"\xed\xa0\x80")]
+)
+def test_texts_are_written_byte_by_byte(item, expected, tmp_path):
+    media.write(item, tmp_path / "a.txt", "text")
+    assert (tmp_path / "a.txt").read_bytes() == expected
+
+
+def test_texts_on_the_command_line(tmp_path):
+    texts = {"a.txt": "Grüße\r\n".encode(), "b.md": b"\xff\xfe", "empty.txt": b"", "image.png": b"no text"}
+    for name, data in texts.items():
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    run("encode", tmp_path / "in", "-o", tmp_path / "tokens", "-m", "equal_info_nano")
+    run("decode", tmp_path / "tokens", "-o", tmp_path / "out")
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert written == {f"{name}.tok.txt": data for name, data in texts.items() if name != "image.png"}
+    rows = json.loads(run("roundtrip", tmp_path / "in" / "a.txt", "-m", "equal_info_nano", "--json").stdout)["done"]
+    assert rows[0]["exact"] is True

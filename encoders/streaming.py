@@ -22,6 +22,7 @@ from torch.nn import functional as F
 State = dict[nn.Module, Any]
 PadMode = Literal["constant", "reflect", "replicate"]
 _FEW_INPUTS = 16
+_FEW_STEPS = 256
 
 
 class Streamed(nn.Module):
@@ -171,11 +172,12 @@ class Conv1d(nn.Conv1d, Streamed):
 
     def _convolve(self, x: Tensor, padding: int = 0) -> Tensor:
         (kernel,), (stride,), (dilation,) = self.kernel_size, self.stride, self.dilation
-        if self.groups == dilation == 1 and not padding:
+        if self.groups == dilation == 1:
             if kernel == stride or kernel == 2 * stride:
                 return self._multiply(x, stride)
-            if kernel * self.in_channels <= _FEW_INPUTS:
-                windows = x.mT.flatten(1).unfold(1, kernel * self.in_channels, stride * self.in_channels)
+            if kernel * self.in_channels <= _FEW_INPUTS or x.shape[-1] <= _FEW_STEPS:
+                x_BTC = F.pad(x.mT, (0, 0, padding, padding)).contiguous()
+                windows = x_BTC.flatten(1).unfold(1, kernel * self.in_channels, stride * self.in_channels)
                 return F.linear(windows.contiguous(), self.weight.mT.flatten(1), self.bias).mT
         weight = self.weight.unsqueeze(2)
         y = F.conv2d(x.unsqueeze(2), weight, self.bias, (1, stride), (0, padding), (1, dilation), self.groups)

@@ -109,7 +109,7 @@ class Codec(Tokenizer):
 
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
         del seed
-        latents = self._feed(self.encoder, self._fill(batch), self._piece_frames * self.hop)
+        latents = self._latents(batch)
         return self._codes(torch.cat([self.quantizer.ids(part.mT, length).mT for part in _gathered(latents)], -1))
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
@@ -134,12 +134,13 @@ class Codec(Tokenizer):
         missing = -batch.shape[-1] % self.multiple
         return F.pad(batch, (0, missing)) if missing else batch
 
-    @staticmethod
-    def _feed(network: Chain, x: Tensor, size: int) -> Iterator[Tensor]:
-        """What a network makes of `[B, C, T]`, fed `size` steps at a time if it is longer."""
-        state: State | None = {} if x.shape[-1] > size else None
-        for at in range(0, x.shape[-1], size):
-            yield network(x[..., at : at + size], state, at + size >= x.shape[-1])
+    def _latents(self, batch: Tensor) -> Iterator[Tensor]:
+        """What the encoder makes of `[B, C, S]` and the zeros behind it, piece by piece."""
+        size, total = self._piece_frames * self.hop, batch.shape[-1] + -batch.shape[-1] % self.multiple
+        state: State | None = {} if total > size else None
+        for at in range(0, total, size):
+            piece = batch[..., at : at + size]
+            yield self.encoder(F.pad(piece, (0, min(size, total - at) - piece.shape[-1])), state, at + size >= total)
 
     def _collect(self, parts: Iterable[Tensor], num_frames: int) -> Tensor:
         """The parts of a waveform one after the other, `[B, C, T * hop]`, with zeros where they do not reach so far."""

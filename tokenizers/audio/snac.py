@@ -208,7 +208,7 @@ class Snac(Codec):
         del length, seed
         parts: list[list[Tensor]] = []
         together, waiting = math.lcm(*self.config.strides), None
-        for latents in self._feed(self.encoder, self._fill(batch), self._piece_frames * self.hop):
+        for latents in self._latents(batch):
             waiting = latents if waiting is None else torch.cat([waiting, latents], -1)
             whole = waiting.shape[-1] // together * together
             if whole:

@@ -25,6 +25,7 @@ CARDS_GROUP = "tokenzoo.cards"
 _BUILTIN = {
     "autoencoder_kl": "tokenzoo.tokenizers.image.autoencoder_kl:GridVAE",
     "blt": "tokenzoo.tokenizers.text.blt:BLT",
+    "cosmos": "tokenzoo.tokenizers.video.cosmos:Cosmos",
     "dac": "tokenzoo.tokenizers.audio.dac:Dac",
     "encodec": "tokenzoo.tokenizers.audio.encodec:Encodec",
     "equal_info": "tokenzoo.tokenizers.text.equal_info:EqualInfo",
@@ -41,6 +42,7 @@ _BUILTIN = {
     "snac": "tokenzoo.tokenizers.audio.snac:Snac",
     "tatitok": "tokenzoo.tokenizers.image.tatitok:TATiTok",
     "titok": "tokenzoo.tokenizers.image.titok:TiTok",
+    "vidtok": "tokenzoo.tokenizers.video.vidtok:VidTok",
     "wavtokenizer": "tokenzoo.tokenizers.audio.wavtokenizer:WavTokenizer",
     "wavtokenizer_nano": "tokenzoo.tokenizers.audio.wavtokenizer_nano:WavTokenizerNano",
     "word_pool": "tokenzoo.tokenizers.text.word_pool:WordPool",

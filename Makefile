@@ -1,7 +1,7 @@
 # The verbs: make demo, make test, make style, make bench. Each makes its virtual environment first.
 # "make bench" compares with FAISS, vector-quantize-pytorch, transformers, regex, tiktoken and tokenizers, and whole tokenizers
-# with PEER=file.py; see benchmarks/encode.py for what that file has to offer. Its reports go to OUT;
-# REPORTS=kernels/benchmarks replaces ours.
+# with PEER=file.py; see benchmarks/encode.py for what that file has to offer. Codecs are compared with transformers and snac,
+# WavTokenizer with AUDIO_PEER=file.py (benchmarks/audio.py). Its reports go to OUT; REPORTS=kernels/benchmarks replaces ours.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu".
 TORCH ?=
 OUT ?= out
+CODECS ?= encodec_24khz.meta encodec_48khz.meta dac_16khz.descript dac_24khz.descript dac_44khz.descript mimi.kyutai \
+	snac_24khz.siuzdak snac_32khz.siuzdak snac_44khz.siuzdak wavtokenizer_small_320.libritts wavtokenizer_large_600.unify
 REPORTS ?= $(OUT)
 
 .PHONY: demo test style bench clean
@@ -49,6 +51,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python kernels/benchmarks/plot.py --report $(REPORTS)/report.json --out $(REPORTS)/lookup.svg
 	$(BIN)/python benchmarks/text.py --json $(REPORTS)/text.json
 	$(BIN)/python benchmarks/encode.py one_d_piece_s.in1k_256 titok_b64.in1k $(if $(PEER),--peer $(PEER))
+	$(BIN)/python benchmarks/audio.py $(CODECS) --json $(REPORTS)/audio.json $(if $(AUDIO_PEER),--peer $(AUDIO_PEER))
 
 clean:
 	rm -rf $(VENV) build out *.egg-info

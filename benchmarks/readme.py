@@ -66,6 +66,16 @@ def splitters() -> str:
     return "\n".join([*lines, "", f"{megabytes}, {report['machine']}, {report['kernels']}."])
 
 
+def audio() -> str:
+    """The audio benchmark's report."""
+    lines = ["| codec | encode | decode | seconds of audio encoded and decoded per second |", "|---|---|---|---|"]
+    for row in json.loads((ROOT / "benchmarks" / "audio.json").read_text()):
+        clock = {name: f"{ratios[0]:.2f}" for name, ratios in row["ratio"].items()}
+        speed = {name: f"{value:.0f}" if value >= 10 else f"{value:.1f}" for name, value in row["speed"].items()}
+        lines.append(f"| `{row['name']}` | {clock['encode']} | {clock['decode']} | {speed['encode']}, {speed['decode']} |")
+    return "\n".join(lines)
+
+
 def block(text: str, name: str) -> str:
     """What stands between the markers of this name."""
     match = re.search(f"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
@@ -86,6 +96,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "models": models,
         "nano": nano,
         "encode": encode,
+        "audio": audio,
         "lookup": partial(kernels, "short_table", "report.json"),
         "splitters": splitters,
     },

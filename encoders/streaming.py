@@ -12,7 +12,6 @@ Shapes: B batch, C channels, T steps of this layer's input.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -280,17 +279,6 @@ class SkipLSTM(Streamed):
         if state is not None:
             state[self] = memory
         return (y + steps).permute(1, 2, 0)
-
-
-def pieces(network: nn.Module, x: Tensor, size: int) -> Iterator[Tensor]:
-    """What a network makes of `x` `[B, C, T]`, fed `size` steps at a time; together the outputs are those of the whole."""
-    length = x.shape[-1]
-    if length <= size:
-        yield network(x)
-        return
-    state: State = {}
-    for at in range(0, length, size):
-        yield network(x[..., at : at + size], state, at + size >= length)
 
 
 def join(first: Tensor, second: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenzoo.tokenizers import Codes, MediaError, Tokenizer, TokenizerConfig, Tokens, TokensError
 from tokenzoo.tokenizers.spec import Modality
-from tokenzoo.tokenizers.strings import Strings, read_text, to_tensor
+from tokenzoo.tokenizers.strings import Strings, read_text, to_bytes, to_tensor
 from tokenzoo.tokenizers.tokens import pad_and_cat
 
 
@@ -35,8 +35,8 @@ class Embedding:
 class TextTokenizer(Tokenizer):
     """Bytes to ids and back.
 
-    Texts are ragged, so a system implements `_encode_texts` and `_decode_texts`, which take lists, in place of `_encode` and
-    `_decode`; `_embed_texts` where it has vectors; and `_describe` and `objective` (on uint8 `[B, N]`) like any other.
+    Texts are ragged, so a system implements `_encode_texts` and `_decode_texts`, which take and give lists; `_embed_texts`
+    where it has vectors; and `_describe` and `objective` (on uint8 `[B, N]`) like any other.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -58,6 +58,16 @@ class TextTokenizer(Tokenizer):
         Raises:
             TokensError: If no text has these ids.
         """
+
+    def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
+        """Codes of texts of one length, uint8 `[B, N]`."""
+        del length  # refused before: the tokens follow the text
+        return self._encode_texts([to_bytes(row) for row in batch], seed=seed)
+
+    def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+        """The bytes of texts, uint8 `[B, N]`, filled with zeros up to the longest."""
+        texts = self._decode_texts(Tokens(ids, lengths, self.info, extras))
+        return pad_and_cat([to_tensor(text)[None] for text in texts])
 
     def _embed_texts(self, texts: Sequence[bytes]) -> list[Embedding]:
         """Vectors of each text, on this tokenizer's device."""
@@ -83,7 +93,7 @@ class TextTokenizer(Tokenizer):
         return [found for at in range(0, len(texts), size) for found in self._embed_texts(texts[at : at + size])]
 
     @torch.no_grad()
-    def decode(self, tokens: Tokens, *, native: bool = False) -> list[str | bytes]:  # type: ignore[override]
+    def decode(self, tokens: Tokens, *, native: bool = False) -> list[str | bytes]:
         """Decodes tokens into texts, one each.
 
         Args:
@@ -136,7 +146,7 @@ class TextTokenizer(Tokenizer):
         seed: int,
     ) -> Tokens:
         del budgets, target  # refused before: the tokens follow the text
-        texts = [row[: about["bytes"]].numpy().tobytes() for row, about in zip(batch, meta, strict=True)]
+        texts = [to_bytes(row[: about["bytes"]]) for row, about in zip(batch, meta, strict=True)]
         codes = self._encode_texts(texts, seed=seed)
         assert codes.lengths is not None, "texts are ragged"
         return Tokens(codes.ids, codes.lengths, self.info, codes.extras, meta).to("cpu")

@@ -135,3 +135,10 @@ def test_a_tokenizer_without_vectors_says_so(tok, monkeypatch):
     monkeypatch.delattr(Shifted, "_embed_texts")
     with pytest.raises(TokensError, match="no vectors"):
         tok.embed("a")
+
+
+def test_hooks_of_tensors_go_by_those_of_texts(tok):
+    batch = torch.tensor([[65, 66], [0, 255]], dtype=torch.uint8)
+    codes = tok._encode(batch, length=None, seed=0)
+    assert codes.ids.tolist() == [[[68, 69]], [[3, 258]]]
+    assert torch.equal(tok._decode(codes.ids, codes.lengths, {}), batch)

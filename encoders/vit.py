@@ -19,17 +19,26 @@ CLIP_BLOCK_KEYS = (
     ("mlp.c_fc.", "mlp.up."),
     ("mlp.c_proj.", "mlp.down."),
 )
+# How timm calls them.
+TIMM_BLOCK_KEYS = (
+    ("norm1.", "norm1."),
+    ("attn.qkv.", "attention.qkv."),
+    ("attn.proj.", "attention.out."),
+    ("norm2.", "norm2."),
+    ("mlp.fc1.", "mlp.up."),
+    ("mlp.fc2.", "mlp.down."),
+)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"expected a width that {num_heads = } divides, got {dim = }")
         self.dim, self.num_heads = dim, num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x_BLD: Tensor, keep: slice | None = None, mask: Tensor | None = None) -> Tensor:
@@ -38,8 +47,9 @@ class Attention(nn.Module):
             q, k, v = self._heads(self.qkv(x_BLD), 3)
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            (q,) = self._heads(F.linear(x_BLD[:, keep], weight[: self.dim], bias[: self.dim]), 1)
-            k, v = self._heads(F.linear(x_BLD, weight[self.dim :], bias[self.dim :]), 2)
+            bias_q, bias_kv = (None, None) if bias is None else (bias[: self.dim], bias[self.dim :])
+            (q,) = self._heads(F.linear(x_BLD[:, keep], weight[: self.dim], bias_q), 1)
+            k, v = self._heads(F.linear(x_BLD, weight[self.dim :], bias_kv), 2)
         x_BHLD = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
         return self.out(x_BHLD.transpose(1, 2).flatten(2))
 
@@ -65,10 +75,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Residual attention, then a residual MLP, each behind a LayerNorm."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads)
+        self.attention = Attention(dim, num_heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim)
 

@@ -36,6 +36,7 @@ from tokenzoo.tokenizers.tokens import pad_and_cat
 FIRST = 4  # id of byte 0; before it are the marks of an example, a text and its end, and of BPE
 BEGIN = 1
 VOCABULARY = FIRST + 256
+_PIECE = 4096  # positions whose guesses are in memory together
 
 
 @strict
@@ -134,8 +135,11 @@ class BLT(TextTokenizer):
         if not data:
             return torch.zeros(0)
         ids = torch.cat([torch.tensor([BEGIN]), to_tensor(data)[:-1].long() + FIRST]).to(self.device)
-        shares = self.logits(ids[None])[0].float().log_softmax(-1)
-        return -(shares.exp() * shares).sum(-1).cpu()
+        found = []
+        for states in self.transformer(self.embedding(ids[None]))[0].split(_PIECE):
+            shares = self.head(self.norm(states)).float().log_softmax(-1)
+            found.append(-(shares.exp() * shares).sum(-1).cpu())
+        return torch.cat(found)
 
     def starts(self, entropies: Tensor) -> Tensor:
         """Which bytes start a patch, bool `[N]`, by how unsure the model was about each, float32 `[N]`."""

@@ -8,6 +8,8 @@ A splitter takes any bytes and loses none: its words, one after the other, are t
 - `spacebyte`: the rule of SpaceByte (https://arxiv.org/abs/2404.14408). As `space`, where the first byte of every character
   beyond ASCII counts like those ASCII characters: words end within such characters, after their first byte.
 - `unicode_word`: Unicode's words, with the space before and the punctuation after them; see `word_rule`.
+- `entropy`: a word ends where a byte-level model is unsure what comes next. It needs weights, so it is had by
+  `tokenzoo.load("blt_entropy")`, which splits as the others do; see `blt`.
 """
 
 import itertools
@@ -49,7 +51,8 @@ class RuleSplitter:
 
     def __post_init__(self) -> None:
         if self.name not in _RULES:
-            raise ConfigError(f"expected a splitter out of {', '.join(_RULES)}, got {self.name!r}")
+            hint = ": it has weights, load blt_entropy" if self.name == "entropy" else ""
+            raise ConfigError(f"expected a splitter out of {', '.join(_RULES)}, got {self.name!r}{hint}")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ConfigError(f"expected max_bytes of at least 1, or None for no limit, got {self.max_bytes}")
 

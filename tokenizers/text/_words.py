@@ -70,12 +70,20 @@ def joined(data: bytes, ends: Ends, most: int) -> Ends:
         return ends
     starts = np.concatenate([[0], ends[:-1]])
     lead = np.frombuffer(data, np.uint8)[starts]
-    single = (ends - starts == 3) & (lead >= _IDEOGRAPHS[0]) & (lead <= _IDEOGRAPHS[1])
+    lengths = ends - starts
+    lengths[-1] -= _unfinished(data[starts[-1] + 3 :])
+    single = (lengths == 3) & (lead >= _IDEOGRAPHS[0]) & (lead <= _IDEOGRAPHS[1])
     at = np.arange(len(ends))
     behind = at - np.maximum.accumulate(np.where(single, -1, at))  # 1, 2, ... within a run that follows a longer word
     follows = np.append(single[1:], False)
     kept: Ends = ends[~(single & follows & (behind % most != 0))]
     return kept
+
+
+def _unfinished(rest: bytes) -> int:
+    """How many bytes these are, if they are all there is of a character that goes on; 0 otherwise."""
+    needed = 0 if not rest or rest[0] < 0xC0 else 2 if rest[0] < 0xE0 else 3 if rest[0] < 0xF0 else 4
+    return len(rest) if len(rest) < needed else 0
 
 
 def raw_frames(word: bytes, num_codebooks: int, codes: int) -> npt.NDArray[np.int32]:

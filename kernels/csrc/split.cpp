@@ -66,13 +66,13 @@ class Words {
 
 const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 
-// A word ends after a byte that the table marks, where the byte before it is not marked.
+// A word ends after a byte that the table marks, where the byte before it is not marked; the start counts as marked.
 Tensor split_bytes(const Tensor& data, const Tensor& marked, int64_t most) {
   const int64_t count = data.numel();
   const uint8_t *d = bytes(data), *table = bytes(marked);
   STD_TORCH_CHECK(marked.numel() == 256, "expected a table of 256 bytes, got ", marked.numel());
   Words words(d, count, most);
-  uint8_t before = 0;
+  uint8_t before = 1;
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t here = table[d[i]];
     words.end_if(here & ~before, i + 1);

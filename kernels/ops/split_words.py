@@ -54,7 +54,7 @@ class Automaton:
 
 
 def split_bytes(data: bytes, marked: Bytes, *, most: int = 0) -> Ends:
-    """Ends of words where a word ends after a marked byte that no marked byte comes before, and with the data.
+    """Ends of words where a word ends after a marked byte that comes neither first nor after another, and with the data.
 
     Args:
         data: Any bytes.
@@ -68,7 +68,7 @@ def split_bytes(data: bytes, marked: Bytes, *, most: int = 0) -> Ends:
     if native is not None:
         return native.split_bytes(_tensor(data), torch.from_numpy(marked), most).numpy()
     here = marked[np.frombuffer(data, np.uint8)] != 0
-    ends = np.flatnonzero(here & ~np.concatenate([[False], here[:-1]])) + 1 if data else np.zeros(0, np.int64)
+    ends = np.flatnonzero(here & ~np.concatenate([[True], here[:-1]])) + 1 if data else np.zeros(0, np.int64)
     return _limited(data, _closed(ends, len(data)), most)
 
 

@@ -63,7 +63,8 @@ def test_marked_bytes_end_words(backend):
     marked = np.zeros(256, np.uint8)
     marked[[ord(","), ord(" ")]] = 1
     assert split_bytes(b"a, b,c", marked).tolist() == [2, 5, 6]
-    assert split_bytes(b",,a,", marked).tolist() == [1, 4]
+    assert split_bytes(b",,a,", marked).tolist() == [4]
+    assert split_bytes(b",", marked).tolist() == [1]
     assert split_bytes(b"abcde,", marked, most=2).tolist() == [2, 4, 6]
     long = b"ab," * 10_000
     assert split_bytes(long, marked).tolist() == list(range(3, len(long) + 1, 3))

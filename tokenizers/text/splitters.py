@@ -3,10 +3,11 @@
 A splitter takes any bytes and loses none: its words, one after the other, are the input. It is prefix-stable: for bytes
 `a` and `b`, all words of `a` but the last one are words of `a + b`, so a text may be split while it is written.
 
-- `space`: a word ends after an ASCII character that is neither letter nor digit, if the byte before it is not one too. Words
-  of other alphabets stay whole; text without spaces (Chinese, Japanese, Thai) is left to `max_bytes`.
-- `spacebyte`: the rule of SpaceByte (https://arxiv.org/abs/2404.14408). As `space`, where the first byte of every character
-  beyond ASCII counts like those ASCII characters: words end within such characters, after their first byte.
+- `space`: a word ends after an ASCII character that is neither letter nor digit, unless it comes first in the text or after
+  another one. Words of other alphabets stay whole; text without spaces (Chinese, Japanese, Thai) is left to `max_bytes`.
+- `spacebyte`: the rule of SpaceByte (https://arxiv.org/abs/2404.14408), whose global blocks run at the last byte of each word.
+  As `space`, where the first byte of every character beyond ASCII counts like those ASCII characters, so that words end within
+  such characters.
 - `unicode_word`: Unicode's words, with the space before and the punctuation after them; see `word_rule`.
 - `entropy`: a word ends where a byte-level model is unsure what comes next. It needs weights, so it is had by
   `tokenzoo.load("blt_entropy")`, which splits as the others do; see `blt`.

@@ -119,7 +119,8 @@ def test_what_is_no_splitter_is_refused(name, options):
     [
         ("hello, big  world", ["hello,", " big ", " world"]),
         ("foo_bar(x)\n    return", ["foo_", "bar(", "x)", "\n    return"]),
-        (" a", [" ", "a"]),
+        (" a b", [" a ", "b"]),
+        ("(", ["("]),
         ("Привет, мир", ["Привет,", " мир"]),
         ("你好。世界", ["你好。世界"]),
         ("a1b2", ["a1b2"]),
@@ -132,7 +133,8 @@ def test_space(text, expected):
 def test_spacebyte_counts_the_first_byte_of_longer_characters():
     assert words("spacebyte", b"ab cd.  e") == [b"ab ", b"cd.", b"  e"]
     assert words("spacebyte", "caf\u00e9 x".encode()) == [b"caf\xc3", b"\xa9 ", b"x"]
-    assert words("spacebyte", "你好".encode()) == [b"\xe4", b"\xbd\xa0\xe5", b"\xa5\xbd"]
+    assert words("spacebyte", "a你好".encode()) == [b"a\xe4", b"\xbd\xa0\xe5", b"\xa5\xbd"]
+    assert words("spacebyte", "你好".encode()) == [b"\xe4\xbd\xa0\xe5", b"\xa5\xbd"]
 
 
 @pytest.mark.parametrize("leads", [False, True])
@@ -141,7 +143,7 @@ def test_rules_by_bytes_follow_their_formula(leads):
     letters = set(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
     for data in samples(2_000, seed=5):
         marked = [byte not in letters if byte < 0x80 else leads and byte >= 0xC0 for byte in data]
-        ends = [i + 1 for i, here in enumerate(marked) if here and not (i and marked[i - 1])]
+        ends = [i + 1 for i, here in enumerate(marked) if here and i and not marked[i - 1]]
         assert splitter(name).split(data).tolist() == [*ends, *([len(data)] if data and len(data) not in ends else [])]
 
 

@@ -94,7 +94,7 @@ class _Run:
             for name, value in checkpoint.averaged.items():
                 self.average.values[name].copy_(value)
         self.adversary = Adversary(recipe.adversary, self.accelerator, recipe.seed) if recipe.adversary.width else None
-        if self.adversary is not None and checkpoint is not None:
+        if self.adversary is not None and checkpoint is not None and checkpoint.step > recipe.adversary.start:
             self.adversary.load_state_dict(checkpoint.adversary)
         self.started, self.logged = time.monotonic(), self.step
         self.sums: dict[str, float] = {}
@@ -114,7 +114,7 @@ class _Run:
         generator = torch.Generator().manual_seed(seed)
         result = self.model(batch, progress=progress, generator=generator)
         loss, measured = result.loss, {**result.losses, **result.metrics}
-        if self.adversary is not None:
+        if self.adversary is not None and self.step >= self.recipe.adversary.start:
             measured["discriminator"] = self.adversary.learn(result.reconstruction, batch)
             told = self.adversary.losses(result.reconstruction, batch)
             loss, measured = loss + sum(told.values()), {**measured, **told}

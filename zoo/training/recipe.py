@@ -103,6 +103,7 @@ class AdversaryRecipe:
         periods: Of the discriminators by period, in samples.
         windows: Of the discriminators by spectrum, in samples.
         width: Their channels after the first layer; 0 for no discriminators.
+        start: Step from which on they are trained and heard.
         adversarial: Weight of the adversarial loss.
         features: Weight of the distance between activations.
         learning_rate: Of the discriminators.
@@ -112,6 +113,7 @@ class AdversaryRecipe:
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     windows: tuple[int, ...] = (512, 1024, 2048)
     width: int = 0
+    start: int = 0
     adversarial: float = 1.0
     features: float = 1.0
     learning_rate: float = 3e-4

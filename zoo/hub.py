@@ -36,6 +36,7 @@ from tokenzoo.tokenizers.download import DamagedError, fetch, forgetting_damaged
 from tokenzoo.tokenizers.errors import ConfigError, DownloadError, UnknownTokenizerError, WeightsError
 from tokenzoo.tokenizers.files import write_atomically
 from tokenzoo.tokenizers.pretrained import read_weights, write_weights
+from tokenzoo.tokenizers.torchscript import is_torchscript, read_torchscript
 
 if TYPE_CHECKING:
     from tokenzoo.tokenizers import Tokenizer
@@ -288,7 +289,9 @@ def _warn_uncached(path: Path, error: Exception) -> None:
 
 
 def _read_pickle(path: Path, adapter: Adapter) -> Mapping[str, Any]:
-    """The state dict in a pickle; of classes, only that in which training scripts keep their arguments is known to it."""
+    """The state dict in a pickle or a TorchScript archive; of classes, only that of training scripts' arguments is known."""
+    if is_torchscript(path):
+        return read_torchscript(path)
     try:
         with path.open("rb") as file:
             zipped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC

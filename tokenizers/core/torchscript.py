@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenzoo.tokenizers.download import DamagedError
 from tokenzoo.tokenizers.errors import WeightsError
 
 _PICKLE, _MARK = "data.pkl", "constants.pkl"
-_MOST_DEPTH = 100
+_MOST_VISITS, _LONGEST_NAME = 100_000, 1000
 _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "BoolStorage": torch.bool,
@@ -37,34 +38,32 @@ _STORAGES = {
 _DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, LookupError, ValueError, TypeError, AttributeError)
 
 
-class ExecutableError(WeightsError):
-    """A file that would execute code when read."""
-
-
 def is_torchscript(path: Path) -> bool:
     """Whether a file is such an archive."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(f"/{_MARK}") for name in archive.namelist())
+    except zipfile.BadZipFile:
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith(f"/{_MARK}") for name in archive.namelist())
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """The state dict of an archive, constants that were not meant to be saved included.
 
     Raises:
-        ExecutableError: If the pickle refers to anything but modules and tensors; nothing was executed.
-        WeightsError: If the archive is damaged or holds no tensors.
+        WeightsError: If the archive is damaged, holds no tensors, or would execute code when read; nothing was executed.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             pickled = [name for name in archive.namelist() if name.endswith(f"/{_PICKLE}") and name.count("/") == 1]
             if len(pickled) != 1:
-                raise WeightsError(f"{path} is no TorchScript archive: expected one {_PICKLE}, found {len(pickled)}")
+                raise pickle.UnpicklingError(f"expected one {_PICKLE}, found {len(pickled)}")
             root = _Reader(archive, pickled[0].removesuffix(_PICKLE)).load()
+    except WeightsError as error:
+        raise WeightsError(f"{path} {error}") from None
     except _DAMAGED as error:
-        raise WeightsError(f"{path} is damaged, or not a TorchScript archive; nothing in it was executed: {error}") from error
-    state = dict(_tensors(root, ""))
+        raise DamagedError(f"{path} is damaged, or not a TorchScript archive; nothing in it was executed: {error}") from error
+    state = dict(_tensors(root, path))
     if not state:
         raise WeightsError(f"{path} holds no tensors: a frozen archive keeps them in its code, which is not read")
     return state
@@ -104,7 +103,7 @@ class _Reader(pickle.Unpickler):
             **{("torch.jit._pickle", f"build_{kind}list"): lambda value: value for kind in ("int", "tensor", "double", "bool")},
         }
         if (module, name) not in known:
-            raise ExecutableError(f"this archive would execute code when read ({module}.{name}): refused, nothing was executed")
+            raise WeightsError(f"would execute code when read ({module}.{name}): refused, nothing was executed")
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> Tensor:
@@ -140,12 +139,15 @@ def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[i
         raise pickle.UnpicklingError(str(error)) from error
 
 
-def _tensors(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """All tensors under a module, by the dotted names that its state dict would have."""
-    if depth > _MOST_DEPTH:
-        raise WeightsError(f"modules are nested more than {_MOST_DEPTH} deep, or in themselves")
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, _Module):
-        for key, attribute in value.attributes.items():
-            yield from _tensors(attribute, f"{name}.{key}" if name else str(key), depth + 1)
+def _tensors(root: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a module, by the dotted names that its state dict would have."""
+    waiting, visits = [("", root)], 0
+    while waiting:
+        name, value = waiting.pop()
+        visits += 1
+        if visits > _MOST_VISITS or len(name) > _LONGEST_NAME:
+            raise WeightsError(f"{path} holds modules without end, such as one within itself")
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, _Module):
+            waiting += [(f"{name}.{key}" if name else str(key), part) for key, part in value.attributes.items()]

@@ -19,6 +19,7 @@ beats all others by `margin`, a hundred times what another batch, thread count o
 Shapes: B batch, K = k * Q codebooks, L frames, W words, T words of a text, N bytes, D width of a vector.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -293,10 +294,14 @@ class WordPool(TextTokenizer):
         for item in self.media.items(media):
             data, _ = read_text(item)
             words = words_of(data, self.split(data))
-            known = self._frames(words)
-            raw = {word for word in set(words) if np.frombuffer(known[word], np.int32)[0] >= self.codes}
-            shares.append(1 - sum(word in raw for word in words) / max(1, len(words)))
+            come_back = self.comes_back(words)
+            shares.append(sum(come_back) / len(words) if words else 1.0)
         return shares
+
+    def comes_back(self, words: Sequence[bytes]) -> list[bool]:
+        """Whether each word is written as codes, and not as raw bytes."""
+        known = self._frames(words)
+        return [int.from_bytes(known[word][:4], sys.byteorder) < self.codes for word in words]
 
     def vectors_of(self, codes_WK: Tensor) -> Tensor:
         """Vectors float32 `[W, k, D]` of codes int64 `[W, K]`: all that a downstream model needs of the ids."""

@@ -24,10 +24,10 @@ HASHED_BITS = 19
 STRENGTHS = (1.0, 2.0, 2.0, 2.0, 2.0, 2.0)
 
 
-def count(text: np.ndarray, *, hashed_bits: int = HASHED_BITS, window_bits: int = 64) -> EqualInfo:
-    """A tokenizer with a byte model counted on a text, uint8 `(N,)`."""
+def count(text: np.ndarray, *, hashed_bits: int = HASHED_BITS) -> EqualInfo:
+    """A tokenizer of 64-bit windows with a byte model counted on a text, uint8 `(N,)`."""
     corrections, checks = fit_model(text, hashed_bits=hashed_bits, strengths=STRENGTHS)
-    config = EqualInfoConfig(window_bits=window_bits, frozen=False, orders=len(STRENGTHS), hashed_bits=hashed_bits)
+    config = EqualInfoConfig(window_bits=64, frozen=False, orders=len(STRENGTHS), hashed_bits=hashed_bits)
     tokenizer = EqualInfo(config)
     tables = {"corrections": corrections, "checks": checks, "odds": odds_table()}
     tokenizer.load_state_dict({name: torch.from_numpy(table) for name, table in tables.items()})

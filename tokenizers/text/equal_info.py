@@ -34,6 +34,7 @@ from tokenzoo.tokenizers.text.base import TextTokenizer, ragged
 
 SIZE = 1 << TOKEN_BITS
 _HASHED_BITS = (8, 28)
+_TOGETHER = 64
 
 
 @strict
@@ -119,6 +120,11 @@ class EqualInfo(TextTokenizer):
     def dtype(self) -> torch.dtype:
         """Of nothing: the tables are integers."""
         return torch.float32
+
+    @property
+    def _batch_size(self) -> int:
+        """Texts together: nothing is rounded, so that one never depends on the others."""
+        return _TOGETHER
 
     def windows(self, bits: int | None = None) -> WindowCode:
         """The code of the windows, or of windows of other `bits` with the same byte model.

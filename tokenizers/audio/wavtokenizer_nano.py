@@ -100,9 +100,10 @@ class Features(nn.Module):
         self.config = config
         self.num_features = config.mel_bands + config.pitch_candidates
         self.register_buffer("window", torch.hann_window(_WINDOW), persistent=False)
-        filters = torchaudio.functional.melscale_fbanks(
-            _WINDOW + 1, 0.0, config.sample_rate / 2, config.mel_bands, config.sample_rate
-        )
+        with torch.device("cpu"):  # torchaudio looks at the values, which a network without weights has not got
+            filters = torchaudio.functional.melscale_fbanks(
+                _WINDOW + 1, 0.0, config.sample_rate / 2, config.mel_bands, config.sample_rate
+            )
         self.register_buffer("filters", filters, persistent=False)
         self.register_buffer("mean", torch.zeros(self.num_features))
         self.register_buffer("scale", torch.ones(self.num_features))

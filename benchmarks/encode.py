@@ -1,4 +1,4 @@
-"""How fast a tokenizer encodes images, beside another implementation of it in the same paired rounds.
+"""How fast a tokenizer encodes images or clips, beside another implementation of it in the same paired rounds.
 
     python benchmarks/encode.py one_d_piece_s.in1k_256 titok_b64.in1k --peer my_peer.py
 
@@ -6,6 +6,8 @@ Weights are random; nothing is downloaded. The peer is a file of yours with two 
 
     load_state(name, state)   # takes the card's name and a state dict under the published keys
     encode(batch)             # [B, 3, H, W] in [0, 1] to ids, or vectors, in any shape with B first
+
+Of a tokenizer of clips, a batch is `[B, T, 3, H, W]`, T being the frames that the network sees at once.
 
 Every round times each contender once, in turning order, so that what else the machine does falls on all of them; the ratios
 are medians over rounds of peer time / our time, once by the clock and once by the processor time that this process took, which
@@ -88,10 +90,12 @@ def ratio(peer: list[tuple[float, float]], ours: list[tuple[float, float]], whic
 
 @torch.no_grad()
 def measure(name: str, peer: ModuleType | None, *, batch_size: int, rounds: int) -> dict[str, Any]:
-    """Images per second of `_encode` on a batch, of `encode` on a list, and of the peer."""
+    """Images, or clips, per second of `_encode` on a batch, of `encode` on a list, and of the peer."""
     tokenizer = random_tokenizer(name)
-    size = tokenizer.config.to_dict()["image_size"]
-    batch = torch.rand(batch_size, 3, size, size, generator=torch.Generator().manual_seed(1))
+    config = tokenizer.config.to_dict()
+    frames = (config["num_frames"],) if tokenizer.modality == "video" else ()
+    shape = (batch_size, *frames, 3, config["image_size"], config["image_size"])
+    batch = torch.rand(shape, generator=torch.Generator().manual_seed(1))
     contenders: dict[str, Contender] = {
         "_encode(batch)": lambda: tokenizer._encode(batch, length=None, seed=0),
         "encode(list)": lambda: tokenizer.encode(list(batch)),

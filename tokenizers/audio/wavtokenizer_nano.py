@@ -169,6 +169,7 @@ class WavTokenizerNano(Codec):
     architecture: ClassVar[str] = "wavtokenizer_nano"
     config_class: ClassVar[type[TokenizerConfig]] = WavTokenizerNanoConfig
     config: WavTokenizerNanoConfig
+    decoder: Blocks
     piece: float = 4.0
     whole: str = "looks ahead, and is not streamed"
 

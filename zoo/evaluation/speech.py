@@ -82,7 +82,7 @@ def _opus(x: Waveform, kbps: int) -> Waveform:
         coded, decoded = Path(folder) / "x.opus", Path(folder) / "x.wav"
         _run(["opusenc", *options, "-", str(coded)], file.getvalue())
         _run(["opusdec", "--quiet", "--rate", str(SAMPLE_RATE), str(coded), str(decoded)], b"")
-        return soundfile.read(decoded, dtype="float32")[0]  # type: ignore[no-any-return]  # soundfile is untyped
+        return soundfile.read(decoded, dtype="float32")[0]
 
 
 def _run(command: Sequence[str], data: bytes) -> bytes:

@@ -83,8 +83,7 @@ def release(run: Path, recipe: Recipe, card: Path, others: Path) -> dict[str, li
     rows, used = {}, set()
     for name, originals in sets.items():
         decoded, codes = reconstructed(tokenizer, originals)
-        rate = tokenizer.info.bits_per_second
-        mine = Row(f"**{card.stem}**", rate, _measured(decoded, originals))
+        mine = Row(f"**{card.stem}**", tokenizer.info.bits_per_second or 0.0, _measured(decoded, originals))
         rows[name] = [mine, *measured_peers(originals, run / f"peers_{name.replace(' ', '_')}.json")]
         used |= codes
     spent = checkpoint.step * recipe.batch_size * recipe.data.clip_samples / recipe.data.sample_rate / 3600

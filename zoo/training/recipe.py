@@ -224,11 +224,11 @@ class Recipe:
         for table in ("data", "config", "adversary"):
             if not isinstance(values.get(table, {}), Mapping):
                 raise ConfigError(f"recipe: expected {table} to be a table, got {values[table]!r}")
-        table = dict(values.get("data", {}))
-        media = table.pop("media", "photos")
+        described = dict(values.get("data", {}))
+        media = described.pop("media", "photos")
         if media not in _MEDIA:
             raise ConfigError(f"recipe: expected media to be one of {', '.join(_MEDIA)}, got {media!r}")
-        data = _build(_MEDIA[media], table)
+        data = _build(_MEDIA[media], described)
         adversary = _build(AdversaryRecipe, values.get("adversary", {}))
         return _build(cls, {**values, "data": data, "adversary": adversary})
 

@@ -149,16 +149,14 @@ class PositionBias(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList((nn.Linear(2, dim), nn.Linear(dim, dim), nn.Linear(dim, heads)))
+        self.inside, self.hidden, self.outside = nn.Linear(2, dim), nn.Linear(dim, dim), nn.Linear(dim, heads)
 
     def forward(self, height: int, width: int) -> Tensor:
         """Of a frame of `height * width = L` cells, `[heads, L, L]`."""
-        first = self.layers[0].weight  # type: ignore[union-attr]
-        ways = torch.stack(torch.meshgrid(_ways(height), _ways(width), indexing="ij"), -1).to(first)
-        x = ways.sign() * ways.abs().log1p()
-        for layer in self.layers[:-1]:
-            x = F.leaky_relu(layer(x), _SLOPE)
-        return self.layers[-1](x).flatten(0, 1)[_way_between(height, width).to(x.device)].permute(2, 0, 1)
+        ways = torch.stack(torch.meshgrid(_ways(height), _ways(width), indexing="ij"), -1).to(self.inside.weight)
+        x = F.leaky_relu(self.inside(ways.sign() * ways.abs().log1p()), _SLOPE)
+        table = self.outside(F.leaky_relu(self.hidden(x), _SLOPE)).flatten(0, 1)
+        return table[_way_between(height, width).to(x.device)].permute(2, 0, 1)
 
 
 class WindowAttention(nn.Module):
@@ -370,9 +368,9 @@ def _transformer_rules(side: str, kind: str) -> tuple[tuple[str, str], ...]:
         ("1.to_kv.", "attention.kv."),
         ("1.to_out.", "attention.out."),
         ("1.relative_position_bias_table", "attention.bias_table"),
-        ("1.spatial_rel_pos_bias.net.0.0.", "attention.position.layers.0."),
-        ("1.spatial_rel_pos_bias.net.1.0.", "attention.position.layers.1."),
-        ("1.spatial_rel_pos_bias.net.2.", "attention.position.layers.2."),
+        ("1.spatial_rel_pos_bias.net.0.0.", "attention.position.inside."),
+        ("1.spatial_rel_pos_bias.net.1.0.", "attention.position.hidden."),
+        ("1.spatial_rel_pos_bias.net.2.", "attention.position.outside."),
         ("1.", "attention."),
         ("3.0.", "mlp.norm."),
         ("3.1.", "mlp.up."),

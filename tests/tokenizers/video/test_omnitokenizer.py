@@ -1,8 +1,11 @@
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tokenzoo.hub import read_published
 from tokenzoo.tokenizers import ConfigError, MediaError, Tokens, TokensError
 from tokenzoo.tokenizers.video.omnitokenizer import OmniTokenizer, OmniTokenizerConfig, rotations
 
@@ -81,6 +84,15 @@ def test_discriminators_and_perceptual_networks_are_dropped_and_nothing_else(gol
     assert case.adapter.to_ours({**case.published, **extra}).keys() == case.tok.state_dict().keys()
     with pytest.raises(RuntimeError, match="register"):
         case.tok.load_state_dict(case.adapter.to_ours({**case.published, "encoder.register": torch.zeros(1)}))
+
+
+def test_a_training_checkpoint_is_read_and_nothing_in_it_runs(golden, tmp_path):
+    case = golden("omnitokenizer", OmniTokenizer)
+    checkpoint = {"state_dict": case.published, "hyper_parameters": {"args": Namespace(casual_in_peg=True)}, "epoch": 3}
+    torch.save(checkpoint, tmp_path / "imagenet_k600.ckpt")
+    state = read_published(tmp_path / "imagenet_k600.ckpt", case.adapter)
+    assert state.keys() == case.tok.state_dict().keys()
+    assert torch.equal(state["quantizer.codebook"], case.published["codebook.embeddings"])
 
 
 # -- clips of any length and size

@@ -19,13 +19,11 @@ import argparse
 import collections
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,7 +77,7 @@ class WordModel(nn.Module):
 class TokenModel(nn.Module):
     """A transformer over the tokens of words; with no merges, tokens are bytes."""
 
-    def __init__(self, splitter: WordPool, bpe: HFTokenizer | None, layers: int) -> None:
+    def __init__(self, splitter: WordPool, bpe: Any, layers: int) -> None:
         super().__init__()
         self.bpe, self.split = bpe, splitter.split
         self.pieces = _pieces(bpe) if bpe else [bytes([value]) for value in range(256)]
@@ -128,7 +126,7 @@ class TokenModel(nn.Module):
         return Judged(right, float(nats))
 
 
-def _pieces(bpe: HFTokenizer) -> list[bytes]:
+def _pieces(bpe: Any) -> list[bytes]:
     vocabulary = bpe.get_vocab()
     return [piece.encode("latin-1") for piece in sorted(vocabulary, key=vocabulary.__getitem__)]
 
@@ -137,11 +135,13 @@ def _size(windows: list[list[bytes]]) -> int:
     return sum(len(word) for words in windows for word in words)
 
 
-def train_bpe(words: list[bytes], size: int) -> HFTokenizer:
-    """A BPE vocabulary within words; bytes stand as the first 256 characters of Unicode."""
-    bpe = HFTokenizer(BPE())
+def train_bpe(words: list[bytes], size: int) -> Any:
+    """A BPE vocabulary of HF `tokenizers` (extra `bench`) within words; bytes stand as the first 256 characters of Unicode."""
+    bpe = import_module("tokenizers").Tokenizer(import_module("tokenizers.models").BPE())
     alphabet = [chr(value) for value in range(256)]
-    trainer = BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False, special_tokens=[])
+    trainer = import_module("tokenizers.trainers").BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
+    )
     bpe.train_from_iterator((word.decode("latin-1") for word in words), trainer)
     return bpe
 

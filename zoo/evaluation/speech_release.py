@@ -138,7 +138,12 @@ def refreshed(
     parts = [f"Measured by the bundled float16 weights, after {hours:.1f} hours of clips. {codes:,} codes were used."]
     for name, originals in sets.items():
         seconds = sum(len(x) for x in originals) / speech.SAMPLE_RATE
-        lines = [f"{len(originals)} recordings, {name} ({seconds:.0f} s):", "", f"| | bit/s | {' | '.join(_HEADS)} |"]
+        own = np.mean([speech.dnsmos(x) for x in originals])
+        lines = [
+            f"{len(originals)} recordings, {name} ({seconds:.0f} s), whose own DNSMOS is {own:.2f}:",
+            "",
+            f"| | bit/s | {' | '.join(_HEADS)} |",
+        ]
         lines += ["| --- |" + " ---: |" * (1 + len(_HEADS)), *(row.cells() for row in rows[name])]
         parts.append("\n".join(lines))
     before, _, rest = text.partition(BEGIN)

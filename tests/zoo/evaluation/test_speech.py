@@ -50,7 +50,8 @@ def test_what_is_closer_measures_better():
     assert not speech.measurable(original[:1000])
 
 
-def test_the_card_is_refreshed_between_its_markers():
+def test_the_card_is_refreshed_between_its_markers(monkeypatch):
+    monkeypatch.setattr(speech, "dnsmos", lambda x: 3.456)
     rows = {"held out": [Row("**x**", 963.0, FOUND), Row("Codec2 1300", 1300, FOUND, narrow=True)]}
     text = refreshed(f"before\n{BEGIN}\nold\n{END}\nafter", {"held out": [bursts()] * 2}, rows, 1.25, 4321)
     assert text.startswith("before\n")
@@ -58,7 +59,7 @@ def test_the_card_is_refreshed_between_its_markers():
     assert "old" not in text
     assert "| **x** | 963 | 0.812 | 2.00 | 1.50 | 0.300 | 0.400 | 3.10 |" in text
     assert "| Codec2 1300 | 1300 | 0.812 | 2.00 | - | 0.300 | - | 3.10 |" in text
-    assert "2 recordings, held out (4 s)" in text
+    assert "2 recordings, held out (4 s), whose own DNSMOS is 3.46:" in text
     assert "4,321 codes" in text
     with pytest.raises(ValueError, match="expected the card to hold"):
         refreshed("nothing", {}, {}, 0, 0)

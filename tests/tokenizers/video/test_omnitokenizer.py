@@ -98,7 +98,7 @@ def test_a_training_checkpoint_is_read_and_nothing_in_it_runs(golden, tmp_path):
 # -- clips of any length and size
 
 
-@pytest.mark.parametrize("frames", [*range(1, 13), 40])
+@pytest.mark.parametrize("frames", [*range(1, 8), 12])
 def test_decode_returns_the_frames_and_the_size_that_went_in(frames):
     tok = tiny()
     tokens = tok.encode(clip(frames, 11, 23))
@@ -122,6 +122,13 @@ def test_a_picture_is_a_clip_of_one_frame():
     pixels = clip(1)
     assert torch.equal(tok.encode(Image.fromarray(pixels[0])).ids, tok.encode(pixels).ids)
     assert tok.encode(Image.fromarray(pixels[0])).ids.shape == (1, 1, 16)
+
+
+def test_any_length_and_any_size_in_one_list():
+    tok = tiny()
+    items = [clip(frames, 3 + frames, 90 - 2 * frames) for frames in range(1, 41)]
+    decoded = tok.decode(tok.encode(items))
+    assert [tuple(item.shape) for item in decoded] == [(n, 3, 3 + n, 90 - 2 * n) for n in range(1, 41)]
 
 
 def test_windows_are_coded_each_by_itself():

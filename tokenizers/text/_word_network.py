@@ -175,9 +175,9 @@ class NextWord(Quantizer):
         self.start = nn.Parameter(0.02 * torch.randn(dim))
         self.up = nn.Linear(in_dim, dim)
         self.trunk = CausalTransformer(dim, layers, heads, 4 * dim, context)
-        for layer in self.trunk.layers:
-            nn.init.ones_(layer.scale1)
-            nn.init.ones_(layer.scale2)
+        for name, parameter in self.trunk.named_parameters():
+            if name.endswith(("scale1", "scale2")):
+                nn.init.ones_(parameter)
         self.norm = nn.LayerNorm(dim)
         self.decoder = decoder
 

@@ -27,9 +27,9 @@ _IDEOGRAPHS = (0xE3, 0xE9)  # lead bytes of kana and Chinese characters
 
 
 class Words(NamedTuple):
-    """Words as bytes int64 `[W, N]`, filled with zeros, and their lengths `[W]`, at least one."""
+    """Words as rows of bytes int64 `[W, N]`, filled with zeros, and their lengths `[W]`, at least one."""
 
-    bytes: Tensor
+    rows: Tensor
     lengths: Tensor
 
     @classmethod
@@ -51,15 +51,15 @@ class Words(NamedTuple):
             chosen = ((self.lengths > lower) & (self.lengths <= width)).nonzero()[:, 0]
             if len(chosen):
                 missing = -len(chosen) % ROWS
-                rows = self.bytes[chosen, :width]
-                filled = F.pad(rows, (0, width - rows.shape[1], 0, missing))
+                found = self.rows[chosen, :width]
+                filled = F.pad(found, (0, width - found.shape[1], 0, missing))
                 yield chosen, Words(filled, F.pad(self.lengths[chosen], (0, missing), value=1))
             lower = width
 
     def targets(self, end: int) -> Tensor:
         """What a decoder has to say: bytes, then `end`, then -1 for what does not count; int64 `[W, N + 1]`."""
-        at = torch.arange(self.bytes.shape[1] + 1, device=self.lengths.device)
-        padded = F.pad(self.bytes, (0, 1))
+        at = torch.arange(self.rows.shape[1] + 1, device=self.lengths.device)
+        padded = F.pad(self.rows, (0, 1))
         targets = torch.where(at < self.lengths[:, None], padded, -1)
         return torch.where(at == self.lengths[:, None], end, targets)
 
@@ -100,18 +100,19 @@ def raw_bytes(frames: npt.NDArray[np.int64], codes: int) -> tuple[npt.NDArray[np
     Raises:
         TokensError: If a frame is part code and part bytes, has no byte, or has one behind nothing.
     """
-    raw = frames >= codes
-    mixed = raw.any(1) & ~raw.all(1)
+    coded = frames < codes
+    raw = np.asarray(~coded.any(1))
+    mixed = coded.any(1) & ~coded.all(1)
     nothing = frames == codes + _NOTHING
-    gap = raw.all(1) & (nothing[:, 0] | (nothing[:, :-1] & ~nothing[:, 1:]).any(1))
+    gap = raw & (nothing[:, 0] | (nothing[:, :-1] & ~nothing[:, 1:]).any(1))
     if mixed.any() or gap.any():
         at = int(np.flatnonzero(mixed | gap)[0])
         raise TokensError(
             f"expected frames that are {frames.shape[1]} codes below {codes}, or bytes ({codes} to {codes + 255}) up to where "
             f"nothing ({codes + _NOTHING}) follows, got {frames[at].tolist()} in frame {at}"
         )
-    mine = frames[raw.all(1)]
+    mine = frames[raw]
     flat = (mine - codes).astype(np.uint16)
     counts = (flat < _NOTHING).sum(1)
     data = flat.astype(np.uint8)
-    return raw.all(1), [row[:n].tobytes() for row, n in zip(data, counts.tolist(), strict=True)]
+    return raw, [row[:n].tobytes() for row, n in zip(data, counts.tolist(), strict=True)]

@@ -206,6 +206,10 @@ class WordPool(TextTokenizer):
         self._known.clear()
         return super().train(mode)
 
+    @property
+    def _quantizers(self) -> list[Any]:
+        return list(self.quantizers)
+
     def _describe(self) -> dict[str, Any]:
         return {"codebook_sizes": (self.config.codebook_size,) * self.num_codebooks}
 
@@ -281,10 +285,10 @@ class WordPool(TextTokenizer):
                 targets = group.targets(END)
                 for at in range(0, len(chosen), ROWS):
                     part, rows = slice(at, at + ROWS), chosen[at : at + ROWS]
-                    vectors = self.encoder(group.bytes[part], group.lengths[part])
-                    found = torch.cat([q.ids(vectors[:, i]) for i, q in enumerate(self.quantizers)], 1)
+                    vectors = self.encoder(group.rows[part], group.lengths[part])
+                    found = torch.cat([q.ids(vectors[:, i]) for i, q in enumerate(self._quantizers)], 1)
                     condition = self.decoder.condition(self.vectors_of(found).flatten(1))
-                    _, least = _read_group(self.decoder(condition, group.bytes[part]), targets[part])
+                    _, least = _read_group(self.decoder(condition, group.rows[part]), targets[part])
                     codes[rows], margins[rows] = found[: len(rows)], least[: len(rows)]
         return codes, margins
 
@@ -306,7 +310,7 @@ class WordPool(TextTokenizer):
     def vectors_of(self, codes_WK: Tensor) -> Tensor:
         """Vectors float32 `[W, k, D]` of codes int64 `[W, K]`: all that a downstream model needs of the ids."""
         parts = codes_WK.view(len(codes_WK), self.config.num_vectors, self.config.stages).unbind(1)
-        return torch.stack([q.lookup(ids) for q, ids in zip(self.quantizers, parts, strict=True)], 1)
+        return torch.stack([q.lookup(ids) for q, ids in zip(self._quantizers, parts, strict=True)], 1)
 
     def _embed_texts(self, texts: Sequence[bytes]) -> list[Embedding]:
         found = []
@@ -320,7 +324,7 @@ class WordPool(TextTokenizer):
     # -- decode
 
     @torch.no_grad()
-    def decode(self, tokens: Tokens, *, native: bool = False) -> list[str | bytes]:  # type: ignore[override]
+    def decode(self, tokens: Tokens, *, native: bool = False) -> list[str | bytes]:
         """As `TextTokenizer.decode`; the words of many texts are spelled together."""
         self._check_tokens(tokens)
         results: list[str | bytes] = []
@@ -401,7 +405,7 @@ class WordPool(TextTokenizer):
         for piece in index.split(_PIECE):
             conditions = self.next_word(vectors[piece][None], before=before, state=state)[0]
             before = vectors[piece[-1:]][None]
-            loss, margins = _read(self.next_word.decoder, conditions, Words(words.bytes[piece], words.lengths[piece]))
+            loss, margins = _read(self.next_word.decoder, conditions, Words(words.rows[piece], words.lengths[piece]))
             nats, right = nats + float(loss.double().sum()), right + int((margins > 0).sum())
         return Score(nats / _LN2 / len(text), right / len(index), len(index))
 
@@ -449,7 +453,7 @@ class WordPool(TextTokenizer):
             parts.append(self.encoder(*group).float()[: len(chosen)])
             order.append(chosen)
         vectors = torch.cat(parts)[torch.cat(order).argsort()]
-        quantized = [] if continuous else [q(vectors[:, i]) for i, q in enumerate(self.quantizers)]
+        quantized = [] if continuous else [q(vectors[:, i]) for i, q in enumerate(self._quantizers)]
         if not quantized:
             return vectors, []
         return torch.stack([q.vectors for q in quantized], 1), quantized
@@ -476,7 +480,7 @@ class WordPool(TextTokenizer):
         rows = nn.utils.rnn.pad_sequence([vectors[part] for part in index.split(counts)], batch_first=True)
         conditions = self.next_word(F.pad(rows, (0, 0, 0, -rows.shape[1] % ROWS)))
         flat = torch.cat([condition[:count] for condition, count in zip(conditions, counts, strict=True)])
-        return _read(self.next_word.decoder, flat, Words(words.bytes[index], words.lengths[index]))
+        return _read(self.next_word.decoder, flat, Words(words.rows[index], words.lengths[index]))
 
 
 def _read(decoder: WordDecoder, condition: Tensor, words: Words) -> tuple[Tensor, Tensor]:
@@ -484,7 +488,7 @@ def _read(decoder: WordDecoder, condition: Tensor, words: Words) -> tuple[Tensor
     nats, margins, order = [], [], []
     for chosen, group in words.groups():
         filled = F.pad(condition[chosen], (0, 0, 0, len(group.lengths) - len(chosen)))
-        found = _read_group(decoder(filled, group.bytes).float(), group.targets(END))
+        found = _read_group(decoder(filled, group.rows).float(), group.targets(END))
         nats.append(found[0][: len(chosen)])
         margins.append(found[1][: len(chosen)])
         order.append(chosen)

@@ -83,9 +83,9 @@ class TokenModel(nn.Module):
         self.pieces = _pieces(bpe) if bpe else [bytes([value]) for value in range(256)]
         self.embedding = nn.Parameter(0.02 * torch.randn(len(self.pieces) + 1, DIM))
         self.trunk = CausalTransformer(DIM, layers, HEADS, 4 * DIM, 1 << 20)
-        for layer in self.trunk.layers:
-            nn.init.ones_(layer.scale1)
-            nn.init.ones_(layer.scale2)
+        for name, parameter in self.trunk.named_parameters():
+            if name.endswith(("scale1", "scale2")):
+                nn.init.ones_(parameter)
         self.norm = nn.LayerNorm(DIM)
 
     def tokens(self, words: list[bytes]) -> list[list[int]]:

@@ -33,7 +33,7 @@ from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.files import write_atomically
 from tokenzoo.training.checkpoint import Checkpoint
 from tokenzoo.training.loop import CHECKPOINT
-from tokenzoo.training.recipe import Recipe
+from tokenzoo.training.recipe import DataRecipe, Recipe
 from tokenzoo.training.sources import prepare_crops
 
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
@@ -57,6 +57,7 @@ def release(run: Path, recipe: Recipe, card: Path) -> Curve:
     weights = save(state)
     write_atomically(card.parent / "nano" / f"{card.stem}.safetensors", weights)
     tokenizer = _tokenizer(recipe, state)
+    assert isinstance(recipe.data, DataRecipe)
     pictures = prepare_crops(recipe.data, run / "photos").held_out
     curve = tokenizer_curve(tokenizer, pictures)
     codecs = measured_codecs(pictures, run / "codecs.json")

@@ -122,9 +122,10 @@ class Texts:
         texts = list(self.held_out.values())[: recipe.eval_items]
         tokens = tokenizer.encode(texts)
         measured = {"held_out_bits_per_byte": float(tokens.bits.sum()) / sum(map(len, texts))}
-        if hasattr(tokenizer, "reconstructed"):
-            found = tokenizer.reconstructed(texts)
-            measured |= {f"held_out_words_{name}": share for name, share in zip(self.held_out, found, strict=False)}
+        reconstructed = getattr(tokenizer, "reconstructed", None)
+        if reconstructed is not None:
+            shares = zip(self.held_out, reconstructed(texts), strict=False)
+            measured |= {f"held_out_words_{name}": share for name, share in shares}
         return measured
 
 

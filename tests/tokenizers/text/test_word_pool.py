@@ -100,7 +100,7 @@ def test_words_of_a_text_stay_when_it_goes_on(untrained):
 def test_words_become_rows_and_groups():
     words = Words.of([b"a", b"abc", b"abcdefghi"], torch.device("cpu"))
     assert words.lengths.tolist() == [1, 3, 9]
-    assert [(chosen.tolist(), group.bytes.shape) for chosen, group in words.groups()] == [
+    assert [(chosen.tolist(), group.rows.shape) for chosen, group in words.groups()] == [
         ([0], (64, 2)),
         ([1], (64, 4)),
         ([2], (64, 12)),

@@ -13,7 +13,7 @@ the bytes of all words at once, each from its vectors and from the bytes before 
 - What would not come back is written as raw bytes in the same ids (`_words`), so `decode` is exact for any text.
 
 A word's logits are computed in float32 whatever the precision around, and a code counts as decodable only if each of its bytes
-beats all others by `margin`, a hundred times what another batch, thread count or processor changes: no decision that
+beats all others by `margin`, thousands of times what rounding changes in other batches or on other processors: no decision that
 `encode` relied on can turn in `decode`.
 
 Shapes: B batch, K = k * Q codebooks, L frames, W words, T words of a text, N bytes, D width of a vector.

@@ -26,6 +26,7 @@ _BUILTIN = {
     "autoencoder_kl": "tokenzoo.tokenizers.image.autoencoder_kl:GridVAE",
     "blt": "tokenzoo.tokenizers.text.blt:BLT",
     "cosmos": "tokenzoo.tokenizers.video.cosmos:Cosmos",
+    "cosmos_image": "tokenzoo.tokenizers.image.cosmos_image:CosmosImage",
     "dac": "tokenzoo.tokenizers.audio.dac:Dac",
     "encodec": "tokenzoo.tokenizers.audio.encodec:Encodec",
     "equal_info": "tokenzoo.tokenizers.text.equal_info:EqualInfo",

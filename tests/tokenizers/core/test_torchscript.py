@@ -12,7 +12,6 @@ from torch import nn
 from tokenzoo.tokenizers.errors import WeightsError
 from tokenzoo.tokenizers.torchscript import is_torchscript, read_torchscript
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")
 
 

@@ -1,4 +1,4 @@
-"""Adversarial training of audio: discriminators with an optimizer of their own, beside whatever a tokenizer's objective is.
+"""Adversarial training of audio and clips: discriminators with an optimizer of their own, beside a tokenizer's objective.
 
 Hinge losses and feature matching, as in WavTokenizer (https://arxiv.org/abs/2408.16532) and Vocos.
 """
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokenzoo.encoders.clip_discriminators import ClipDiscriminators
 from tokenzoo.encoders.discriminators import Discriminators
+from tokenzoo.tokenizers.spec import Modality
 from tokenzoo.training.recipe import AdversaryRecipe
 
 
@@ -20,19 +22,24 @@ class Adversary:
         recipe: Sizes, weights and learning rate.
         accelerator: Of the run.
         seed: Of the first weights.
+        modality: Of the tokenizer: `"video"`, or audio.
     """
 
-    def __init__(self, recipe: AdversaryRecipe, accelerator: Accelerator, seed: int) -> None:
+    def __init__(self, recipe: AdversaryRecipe, accelerator: Accelerator, seed: int, *, modality: Modality = "audio") -> None:
         self.recipe, self.accelerator = recipe, accelerator
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.module = Discriminators(recipe.periods, recipe.windows, recipe.width)
+            self.module: nn.Module
+            if modality == "video":
+                self.module = ClipDiscriminators(recipe.width)
+            else:
+                self.module = Discriminators(recipe.periods, recipe.windows, recipe.width)
         self.module.to(accelerator.device)
         optimizer = torch.optim.AdamW(self.module.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0)
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
 
     def learn(self, reconstruction: Tensor, original: Tensor) -> Tensor:
-        """One step of the discriminators on audio `[B, 1, S]`; returns their hinge loss."""
+        """One step of the discriminators on audio `[B, 1, S]` or clips `[B, T, 3, H, W]`; returns their hinge loss."""
         with self.accelerator.autocast():
             # One call for both, since a distributed model is called once a step.
             found = self.model(torch.cat([original, reconstruction.detach()]))

@@ -93,7 +93,11 @@ class _Run:
             self.optimizer.load_state_dict(checkpoint.optimizer)
             for name, value in checkpoint.averaged.items():
                 self.average.values[name].copy_(value)
-        self.adversary = Adversary(recipe.adversary, self.accelerator, recipe.seed) if recipe.adversary.width else None
+        self.adversary = (
+            Adversary(recipe.adversary, self.accelerator, recipe.seed, modality=tokenizer.modality)
+            if recipe.adversary.width
+            else None
+        )
         if self.adversary is not None and checkpoint is not None and checkpoint.step > recipe.adversary.start:
             self.adversary.load_state_dict(checkpoint.adversary)
         self.started, self.logged = time.monotonic(), self.step

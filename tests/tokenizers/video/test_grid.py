@@ -61,7 +61,7 @@ def test_the_published_layout_is_written_as_it_was_read(case):
     assert not {name for name in case.published.keys() - written.keys() if "sample" not in name}
 
 
-@pytest.mark.parametrize("frames", [1, 2, 7, 9, 16, 33])
+@pytest.mark.parametrize("frames", [2, 9, 16])
 @pytest.mark.parametrize("size", [(8, 8), (13, 21)])
 def test_decoding_gives_back_every_frame_at_its_size(tok, frames, size):
     tokens = tok.encode(noise(frames, *size))

@@ -139,7 +139,7 @@ class TimeConv(nn.Conv1d, Windowed):
         right = 0 if causal else kernel_size // 2
         self.window, self.repeat = (kernel_size, 1, kernel_size - 1 - right, right), repeat
 
-    def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:
         """`[B, C, T, H, W]` to `[B, C', T, H, W]`."""
         return Windowed.forward(self, x, state, last)
 
@@ -164,7 +164,7 @@ class ClipConv(nn.Conv3d, Windowed):
         right = 0 if causal else kernel_size // 2
         self.window, self.repeat = (kernel_size, 1, kernel_size - 1 - right, right), repeat
 
-    def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:
         """`[B, C, T, H, W]` to `[B, C', T, H, W]`."""
         return Windowed.forward(self, x, state, last)
 

@@ -96,7 +96,7 @@ class HalveTime(nn.Conv1d, Windowed):
         super().__init__(channels, channels, 3)
         self.window, self.repeat = (3, 2, 2, 0), True
 
-    def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:
         """`[B, C, 1 + 2 k, H, W]` to `[B, C, 1 + k, H, W]`."""
         return Windowed.forward(self, x, state, last)
 

@@ -151,7 +151,7 @@ def decode(
     from tokenzoo.tokenizers.errors import TokensError
 
     files = media.find(inputs, "tokens")
-    suffixes = tuple(media.DECODED_SUFFIX.values())
+    suffixes = (*media.DECODED_SUFFIX.values(), media.FEATURES_SUFFIX)
     where = places(files, output, "", suffixes)
     tokenizer_of = functools.cache(functools.partial(load, device=device))
 
@@ -162,10 +162,10 @@ def decode(
             if not (model or tokens.spec.name):
                 raise TokensError(f"{file} names no card: say with --model which tokenizer made it")
             tokenizer = tokenizer_of(model or tokens.spec.name)
-            target = _decoded_name(where[file], tokenizer.modality, given=where[file] == output)
+            target = _decoded_name(where[file], tokenizer, given=where[file] == output)
             for i, item in enumerate(tokenizer.decode(tokens, native=native)):
                 place = target if len(tokens) == 1 else target.with_stem(f"{target.stem}.{i}")
-                media.write(item, place, tokenizer.modality, sample_rate=_sample_rate(tokenizer, tokens.meta[i], native))
+                media.write(item, place, tokenizer.modality, **_rates(tokenizer, tokens.meta[i], native))
                 rows.append({"file": str(file), "out": str(place), **_sizes(tokens[i])})
         return rows
 
@@ -189,15 +189,15 @@ def roundtrip(
     tokenizer = load(model, device=device)
     tokenizer.encode([], length=length, target=qualities)
     files = media.find(inputs, tokenizer.modality)
-    where = places(files, output, media.DECODED_SUFFIX[tokenizer.modality]) if output else {}
+    where = places(files, output, _suffix(tokenizer)) if output else {}
 
     def work(batch: Sequence[Path]) -> list[Row]:
         rows = []
         for file in batch:
             tokens = tokenizer.encode(file, length=length, target=qualities)
             if output:
-                rate = _sample_rate(tokenizer, tokens.meta[0], native=False)
-                media.write(tokenizer.decode(tokens)[0], where[file], tokenizer.modality, sample_rate=rate)
+                rates = _rates(tokenizer, tokens.meta[0], native=False)
+                media.write(tokenizer.decode(tokens)[0], where[file], tokenizer.modality, **rates)
             rows.append({"file": str(file), **_sizes(tokens), **_closeness(tokenizer, file, tokens)})
         return rows
 
@@ -314,21 +314,28 @@ def _parse_target(target: Sequence[str] | None) -> dict[str, float] | None:
     return values
 
 
-def _decoded_name(path: Path, modality: str, *, given: bool) -> Path:
-    """The name of a decoded item: as it was given, or its token file's with the suffix of its modality."""
-    from tokenzoo import media
+def _decoded_name(path: Path, tokenizer: "Tokenizer", *, given: bool) -> Path:
+    """The name of a decoded item: as it was given, or its token file's with the suffix of what it is decoded to."""
     from tokenzoo.tokenizers.errors import MediaError
 
-    suffix = media.DECODED_SUFFIX[modality]
-    if given and path.suffix != suffix:
-        raise MediaError(f"expected a folder, or a file name that ends in {suffix} for {modality}, got {path}")
+    suffix = _suffix(tokenizer)
+    if given and path.suffix != suffix and (tokenizer.modality != "video" or path.suffix != ".npy"):
+        raise MediaError(f"expected a folder, or a file name that ends in {suffix} for {tokenizer.modality}, got {path}")
     return path if given else path.with_name(path.name + suffix)
 
 
-def _sample_rate(tokenizer: "Tokenizer", meta: Mapping[str, Any], native: bool) -> int | None:
-    """Of decoded audio, in Hz: the original's, or the network's own."""
+def _suffix(tokenizer: "Tokenizer") -> str:
+    from tokenzoo import media
+
+    if tokenizer.info.decodes_to == "features":
+        return media.FEATURES_SUFFIX
+    return media.DECODED_SUFFIX[tokenizer.modality]
+
+
+def _rates(tokenizer: "Tokenizer", meta: Mapping[str, Any], native: bool) -> dict[str, Any]:
+    """Sample rate of decoded audio in Hz, the original's or the network's own, and frames per second of decoded clips."""
     own: int | None = getattr(tokenizer, "sample_rate", None)
-    return own if native or own is None else int(meta.get("sample_rate", own))
+    return {"sample_rate": own if native or own is None else int(meta.get("sample_rate", own)), "fps": meta.get("fps")}
 
 
 def _sizes(tokens: "Tokens") -> Row:

@@ -3,6 +3,8 @@
 import io
 import os
 from collections.abc import Iterable
+from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ EXTENSIONS = {
     "image": frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"]),
     "text": frozenset([".csv", ".htm", ".html", ".json", ".jsonl", ".log", ".md", ".py", ".rst", ".tex", ".txt", ".xml"]),
     "tokens": frozenset([".tok", ".safetensors"]),
+    "video": frozenset([".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"]),
 }
-DECODED_SUFFIX = {"audio": ".wav", "image": ".png", "text": ".txt"}
+DECODED_SUFFIX = {"audio": ".wav", "image": ".png", "text": ".txt", "video": ".mp4" if find_spec("av") else ".npy"}
+FEATURES_SUFFIX = ".npy"
 
 
 def find(paths: Iterable[str | os.PathLike[str]], kind: str) -> list[tuple[Path, Path]]:
@@ -53,27 +57,68 @@ def find(paths: Iterable[str | os.PathLike[str]], kind: str) -> list[tuple[Path,
     return found
 
 
-def write(item: Any, path: Path, modality: str, *, sample_rate: int | None = None) -> None:
+def write(item: Any, path: Path, modality: str, *, sample_rate: int | None = None, fps: float | None = None) -> None:
     """Writes a decoded item as a file, whole or not at all.
 
     Args:
-        item: An image float32 `[3, H, W]` in [0, 1], audio float32 `[C, S]` in [-1, 1], or a text, `str` (written as UTF-8,
-            line ends as they are) or bytes.
-        path: The file.
+        item: An image float32 `[3, H, W]` in [0, 1], audio float32 `[C, S]` in [-1, 1], a clip float32 `[T, 3, H, W]` in
+            [0, 1], or a text, `str` (written as UTF-8, line ends as they are) or bytes.
+        path: The file. A clip is written as H.264 (`.mp4`, needs PyAV) or as the array itself (`.npy`), in which any other
+            tensor, such as features, can be written too.
         modality: What the item is.
         sample_rate: Of audio, in Hz.
+        fps: Of a clip, in frames per second; 25 where it is not known.
 
     Raises:
         MediaError: If items of this modality cannot be written.
     """
-    if modality == "image":
+    if path.suffix == FEATURES_SUFFIX:
+        buffer = io.BytesIO()
+        np.save(buffer, item.cpu().numpy())
+        write_atomically(path, buffer.getvalue())
+    elif modality == "image":
         write_atomically(path, encode_png(item))
     elif modality == "audio" and sample_rate is not None:
         write_atomically(path, encode_wav(item, sample_rate))
+    elif modality == "video":
+        write_atomically(path, encode_mp4(item, fps or 25.0))
     elif modality == "text":
         write_atomically(path, item if isinstance(item, bytes) else item.encode("utf-8", "surrogatepass"))
     else:
-        raise MediaError(f"expected an image, a text, or audio with its sample rate, to write to {path}, got {modality}")
+        raise MediaError(
+            f"expected an image, a clip, a text, or audio with its sample rate, to write to {path}, got {modality}"
+        )
+
+
+def encode_mp4(clip: Tensor, fps: float) -> bytes:
+    """A clip float32 `[T, 3, H, W]` in [0, 1] as H.264 in MP4, rounded to 8 bits, nearly lossless (x264's `crf` 10).
+
+    Odd heights and widths, which H.264's usual colours cannot have, are stored with full colours (4:4:4).
+
+    Raises:
+        MediaError: If it is no clip, PyAV is not installed, or was built without an H.264 encoder.
+    """
+    if clip.dim() != 4 or clip.shape[1] != 3 or not clip.numel():
+        raise MediaError(f"expected a clip [T, 3, H, W] to write as .mp4, got {tuple(clip.shape)}: write it as .npy")
+    try:
+        import av
+    except ImportError:
+        raise MediaError("writing .mp4 needs PyAV: pip install 'tokenzoo[video]', or write .npy") from None
+    buffer = io.BytesIO()
+    height, width = clip.shape[2:]
+    try:
+        with av.open(buffer, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "10"})
+            stream.height, stream.width = height, width
+            stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+            for frame in clip:
+                container.mux(stream.encode(av.VideoFrame.from_image(to_pil(frame))))
+            container.mux(stream.encode())
+    except (av.error.FFmpegError, ValueError) as error:
+        raise MediaError(
+            f"a clip of {width} x {height} at {fps:g} frames per second cannot be written as .mp4: {error}"
+        ) from error
+    return buffer.getvalue()
 
 
 def encode_wav(waveform: Tensor, sample_rate: int) -> bytes:

@@ -101,7 +101,7 @@ class Video:
         return torch.stack([tensor for tensor, _ in read]), list(read[0][1]["size"])
 
 
-def read_clip(item: Any, sampling: Sampling = Sampling()) -> tuple[Tensor, float | None]:  # noqa: B008  # frozen
+def read_clip(item: Any, sampling: Sampling | None = None) -> tuple[Tensor, float | None]:
     """A clip in any of the forms a user may hold.
 
     Args:

@@ -38,12 +38,14 @@ def ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
     (https://doi.org/10.1109/TIP.2003.819861), averaged over channels; smaller windows for images under 11 pixels.
 
     Args:
-        reconstruction: `(B, C, H, W)`.
-        original: `(B, C, H, W)`.
+        reconstruction: `(B, C, H, W)`, or clips `(B, T, C, H, W)`, whose frames' values are averaged.
+        original: Of the same shape.
 
     Returns:
         float32 `(B,)`.
     """
+    if original.dim() == 5:
+        return torch.stack([ssim(x, y).mean() for x, y in zip(reconstruction, original, strict=True)])
     channels, height, width = original.shape[1:]
     taps = min(11, height - (height + 1) % 2, width - (width + 1) % 2)
     offsets = torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2

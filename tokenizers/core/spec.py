@@ -30,6 +30,7 @@ class TokenSpec:
         max_tokens: Tokens per item and codebook, or `None` where they follow the media's length.
         rate: Frames (steps of the finest codebook) per second, for media that last.
         grid: Shape of the token grid, for tokenizers that have one.
+        decodes_to: What `decode` returns: media, or only features that describe them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TokenSpec:
     max_tokens: int | None = None
     rate: float | None = None
     grid: tuple[int, ...] | None = None
+    decodes_to: Literal["media", "features"] = "media"
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.codebook_sizes):

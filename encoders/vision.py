@@ -5,6 +5,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def vision_tower(name: str, size: int, layers: int = 0) -> nn.Module:
+    """A vision transformer of timm's without weights, whose `forward_features` takes images of `size` pixels.
+
+    Args:
+        name: timm's.
+        size: Height and width in pixels.
+        layers: Blocks to keep, without the norm that follows the last one; 0 for the whole network.
+
+    Raises:
+        ValueError: If timm has no vision transformer of this name, or it has fewer blocks.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"expected a network of timm's, such as vit_so400m_patch14_siglip_384, got {name!r}")
+    tower = timm.create_model(name, pretrained=False, num_classes=0, img_size=size, global_pool="")
+    blocks = getattr(tower, "blocks", None)
+    if not isinstance(blocks, nn.Sequential) or not hasattr(tower, "patch_embed") or layers > len(blocks):
+        raise ValueError(f"expected a vision transformer of at least {layers} blocks, got {name!r}")
+    if layers:
+        tower.blocks, tower.norm = blocks[:layers], nn.Identity()
+    return tower
+
+
 class VisionFeatures:
     """What a vision transformer sees in each cell of a grid. Not a module, so that no tokenizer saves its weights.
 

@@ -24,10 +24,13 @@ def kmeans(
     iterations: int = 10,
     spherical: bool = False,
     generator: torch.Generator | None = None,
+    initial: Tensor | None = None,
+    tolerance: float = 0.0,
+    keep_empty: bool = False,
 ) -> Clusters:
     """Lloyd's k-means with k-means++ seeding (Arthur and Vassilvitskii 2007); deterministic for a generator.
 
-    Empty clusters are moved to the vectors farthest from their centroid.
+    Empty clusters are moved to the vectors farthest from their centroid, unless they are to be kept.
 
     Args:
         x: Vectors, `(..., D)`; at least one.
@@ -35,6 +38,9 @@ def kmeans(
         iterations: Rounds of assignment and update.
         spherical: Compare directions; vectors and centroids are l2-normalised.
         generator: Source of randomness of the seeding; the global one by default.
+        initial: Centroids `(K, D)` to start from instead of seeding.
+        tolerance: Stops when all centroids together (before they are normalised) moved by no more than this distance.
+        keep_empty: Leave a centroid that no vector is nearest to where it is.
 
     Raises:
         ValueError: If there is no vector, or `size` is not positive.
@@ -44,10 +50,15 @@ def kmeans(
         raise ValueError(f"expected at least one vector and one centroid, got {x.shape = } and {size = }")
     if spherical:
         rows = F.normalize(rows, dim=-1)
-    centroids = _seed(rows, size, generator)
+    if initial is not None and initial.shape != (size, rows.shape[1]):
+        raise ValueError(f"expected initial centroids {(size, rows.shape[1])}, got {tuple(initial.shape)}")
+    means = _seed(rows, size, generator) if initial is None else initial.detach().to(rows)
+    centroids = F.normalize(means, dim=-1) if spherical else means
     for _ in range(iterations):
-        ids = nearest(rows, centroids)
-        centroids = _update(rows, ids, centroids, spherical)
+        before, means = means, _update(rows, nearest(rows, centroids), means, keep_empty)
+        centroids = F.normalize(means, dim=-1) if spherical else means
+        if tolerance and float(torch.linalg.vector_norm(means - before)) <= tolerance:
+            break
     return Clusters(centroids, nearest(rows, centroids).reshape(x.shape[:-1]))
 
 
@@ -65,11 +76,11 @@ def _seed(rows: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
     return torch.cat(chosen)
 
 
-def _update(rows: Tensor, ids: Tensor, centroids: Tensor, spherical: bool) -> Tensor:
+def _update(rows: Tensor, ids: Tensor, centroids: Tensor, keep_empty: bool) -> Tensor:
     counts, sums = code_sums(rows, ids, len(centroids))
     moved = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), centroids)
     empty = (counts == 0).nonzero()[:, 0]
-    if len(empty):
+    if len(empty) and not keep_empty:
         far = (rows - moved[ids]).square().sum(1).topk(min(len(empty), len(rows))).indices
         moved[empty[: len(far)]] = rows[far]
-    return F.normalize(moved, dim=-1) if spherical else moved
+    return moved

@@ -286,9 +286,10 @@ def join(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first.mT, second.mT], 1).mT if first.shape[-1] else second
 
 
-def normalize(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """A GroupNorm of `[B, C, T]`; in four dimensions it takes signals as they lie."""
-    return norm(x.unsqueeze(2)).squeeze(2)
+    y: Tensor = norm(x.unsqueeze(2))
+    return y.squeeze(2)
 
 
 def _rest(x: Tensor, start: int) -> Tensor:
@@ -296,7 +297,7 @@ def _rest(x: Tensor, start: int) -> Tensor:
     return x[..., start:].clone()
 
 
-def _step_by_step(weight: nn.Parameter) -> nn.Parameter:
+def _step_by_step(weight: Tensor) -> nn.Parameter:
     """A weight `[C', C, kernel]` that lies in memory as `[C', kernel, C]`."""
     return nn.Parameter(weight.detach().mT.contiguous().mT)
 

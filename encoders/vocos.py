@@ -50,6 +50,7 @@ class Vocos(nn.Module):
         """`[B, D, T]` to `[B, 1, T * hop]`, not limited to [-1, 1]."""
         x = self.embed(x)
         *mixers, norm = self.mixer
+        assert isinstance(norm, nn.GroupNorm)
         for mixer in mixers:
             x = mixer(x)
         x = self.norm(normalize(norm, x).mT).mT

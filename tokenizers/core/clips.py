@@ -166,7 +166,7 @@ def _from_array(array: np.ndarray) -> Tensor:
 
 
 def _from_pictures(pictures: Sequence[Any]) -> Tensor:
-    frames = []
+    frames: list[Tensor] = []
     for at, picture in enumerate(pictures):
         if not _is_frame(picture):
             raise MediaError(f"expected a list of pictures as a clip, got {type(picture).__name__} at {at}")

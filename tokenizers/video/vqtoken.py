@@ -215,7 +215,7 @@ class VQToken(Tokenizer):
 
     def _look(self, frame: Tensor) -> Tensor:
         with torch.no_grad():
-            seen = self.tower.forward_features(frame)[:, self.tower.num_prefix_tokens :]  # type: ignore[operator, index, misc]
+            seen = self.tower.forward_features(frame)[:, self.tower.num_prefix_tokens :]  # type: ignore[operator]
         return self.projector(seen)
 
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:

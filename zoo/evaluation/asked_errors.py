@@ -23,7 +23,7 @@ from tokenzoo.loading import load
 from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.files import write_atomically
 from tokenzoo.tokenizers.quality import l1
-from tokenzoo.training.recipe import Recipe
+from tokenzoo.training.recipe import DataRecipe, Recipe
 from tokenzoo.training.sources import prepare_crops
 
 ERRORS = (0.03, 0.04, 0.05, 0.06, 0.07, 0.1)
@@ -119,6 +119,7 @@ def bundle(folder: Path, data: Path, recipe: str, card: Path) -> list[Asked]:
     weights = save(state)
     trained.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in state.items()})
     plan = Recipe.read(recipe).data
+    assert isinstance(plan, DataRecipe)
     pictures = prepare_crops(replace(plan, folder=str(data)), folder.parent / "photos").held_out
     rows = asked_errors(trained, pictures)
     text = card.read_text()

@@ -51,6 +51,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python kernels/benchmarks/plot.py --report $(REPORTS)/report.json --out $(REPORTS)/lookup.svg
 	$(BIN)/python benchmarks/text.py --json $(REPORTS)/text.json
 	$(BIN)/python benchmarks/words.py --json $(REPORTS)/words.json
+	$(BIN)/python benchmarks/video.py --out $(REPORTS)/video.json
 	$(BIN)/python benchmarks/encode.py one_d_piece_s.in1k_256 titok_b64.in1k $(if $(PEER),--peer $(PEER))
 	$(BIN)/python benchmarks/audio.py $(CODECS) --json $(REPORTS)/audio.json $(if $(AUDIO_PEER),--peer $(AUDIO_PEER))
 

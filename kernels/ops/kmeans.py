@@ -39,7 +39,8 @@ def kmeans(
         spherical: Compare directions; vectors and centroids are l2-normalised.
         generator: Source of randomness of the seeding; the global one by default.
         initial: Centroids `(K, D)` to start from instead of seeding.
-        tolerance: Stops when all centroids together (before they are normalised) moved by no more than this distance.
+        tolerance: Stops when all centroids together (before they are normalised) moved by no more than this distance;
+            with 0, when none moves any more, which further rounds could not change.
         keep_empty: Leave a centroid that no vector is nearest to where it is.
 
     Raises:
@@ -57,7 +58,7 @@ def kmeans(
     for _ in range(iterations):
         before, means = means, _update(rows, nearest(rows, centroids), means, keep_empty)
         centroids = F.normalize(means, dim=-1) if spherical else means
-        if tolerance and float(torch.linalg.vector_norm(means - before)) <= tolerance:
+        if float(torch.linalg.vector_norm(means - before)) <= tolerance:
             break
     return Clusters(centroids, nearest(rows, centroids).reshape(x.shape[:-1]))
 

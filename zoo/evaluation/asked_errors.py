@@ -15,13 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save
 
-from tokenzoo.card import parse_card
-from tokenzoo.evaluation.release import BEGIN, END, half_precision, with_source
+from tokenzoo.evaluation.bundling import bundle, half_precision, with_measured
 from tokenzoo.loading import load
 from tokenzoo.tokenizers import Tokenizer
-from tokenzoo.tokenizers.files import write_atomically
 from tokenzoo.tokenizers.quality import l1
 from tokenzoo.training.recipe import DataRecipe, Recipe
 from tokenzoo.training.sources import prepare_crops
@@ -105,7 +102,7 @@ def markdown(rows: Sequence[Asked]) -> str:
     return "\n".join(lines)
 
 
-def bundle(folder: Path, data: Path, recipe: str, card: Path) -> list[Asked]:
+def release(folder: Path, data: Path, recipe: str, card: Path) -> list[Asked]:
     """Writes `nano/<card>.safetensors` beside `card` and refreshes the card.
 
     Args:
@@ -116,21 +113,13 @@ def bundle(folder: Path, data: Path, recipe: str, card: Path) -> list[Asked]:
     """
     trained = load(folder)
     state = half_precision(trained.state_dict())
-    weights = save(state)
     trained.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in state.items()})
     plan = Recipe.read(recipe).data
     assert isinstance(plan, DataRecipe)
     pictures = prepare_crops(replace(plan, folder=str(data)), folder.parent / "photos").held_out
     rows = asked_errors(trained, pictures)
-    text = card.read_text()
-    before, _, rest = text.partition(BEGIN)
-    if END not in rest:
-        raise ValueError(f"expected the card to hold {BEGIN} and {END}: the measured part goes between them")
-    measured = f"{BEGIN}\nMeasured on {len(pictures)} held-out crops by the bundled float16 weights.\n\n{markdown(rows)}\n{END}"
-    text = with_source(before + measured + rest.partition(END)[2], weights, sum(p.numel() for p in trained.parameters()))
-    parse_card(card.stem, text)
-    write_atomically(card.parent / "nano" / f"{card.stem}.safetensors", weights)
-    write_atomically(card, text.encode())
+    measured = f"Measured on {len(pictures)} held-out crops by the bundled float16 weights.\n\n{markdown(rows)}"
+    bundle(card, with_measured(card.read_text(), measured), state, trained)
     return rows
 
 
@@ -151,7 +140,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of photos")
     parser.add_argument("--card", type=Path, required=True, help="the card to refresh")
     arguments = parser.parse_args()
-    rows = bundle(arguments.folder, arguments.data, arguments.recipe, arguments.card)
+    rows = release(arguments.folder, arguments.data, arguments.recipe, arguments.card)
     print(json.dumps([asdict(row) for row in rows], indent=1))
 
 

@@ -4,21 +4,16 @@ The run may still be going on: its last checkpoint is read. Everything between t
 its front matter, is rewritten; the prose around them is not.
 """
 
-import argparse
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
-from tokenzoo.card import parse_card
+from tokenzoo.evaluation.bundling import averaged_weights, built, bundle, command_line, recipe_of, with_measured
 from tokenzoo.evaluation.codecs import CODECS, smallest_file
 from tokenzoo.evaluation.rate_distortion import (
     TOKEN_COUNTS,
@@ -28,15 +23,10 @@ from tokenzoo.evaluation.rate_distortion import (
     markdown_table,
     tokenizer_curve,
 )
-from tokenzoo.registry import tokenizer_class
-from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.files import write_atomically
-from tokenzoo.training.checkpoint import Checkpoint
-from tokenzoo.training.loop import CHECKPOINT
 from tokenzoo.training.recipe import DataRecipe, Recipe
 from tokenzoo.training.sources import prepare_crops
 
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 LARGER_BUDGETS = (320, 512)
 _NOTHING = Point(0, 0.0, 0.0, 0.0)
 
@@ -52,34 +42,15 @@ def release(run: Path, recipe: Recipe, card: Path) -> Curve:
     Returns:
         What was measured on the held-out crops.
     """
-    checkpoint = Checkpoint.load(run / CHECKPOINT)
-    state = half_precision({**checkpoint.model, **checkpoint.averaged})
-    weights = save(state)
-    write_atomically(card.parent / "nano" / f"{card.stem}.safetensors", weights)
-    tokenizer = _tokenizer(recipe, state)
     assert isinstance(recipe.data, DataRecipe)
+    state, step = averaged_weights(run)
+    tokenizer = built(recipe.architecture, recipe.config, state)
     pictures = prepare_crops(recipe.data, run / "photos").held_out
     curve = tokenizer_curve(tokenizer, pictures)
     codecs = measured_codecs(pictures, run / "codecs.json")
-    text = refreshed(card.read_text(), curve, codecs, checkpoint.step * recipe.batch_size, pictures)
-    text = with_source(text, weights, sum(p.numel() for p in tokenizer.parameters()))
-    parse_card(card.stem, text)
-    write_atomically(card, text.encode())
-    write_atomically(run / "released.json", json.dumps({"step": checkpoint.step, **curve.to_dict()}, indent=1).encode())
+    bundle(card, refreshed(card.read_text(), curve, codecs, step * recipe.batch_size, pictures), state, tokenizer)
+    write_atomically(run / "released.json", json.dumps({"step": step, **curve.to_dict()}, indent=1).encode())
     return curve
-
-
-def half_precision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Floating-point weights as float16.
-
-    Raises:
-        ValueError: If a weight is too large for it.
-    """
-    halves = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in state.items()}
-    for key, tensor in halves.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{key} does not fit into float16: keep these weights in float32")
-    return halves
 
 
 def measured_codecs(pictures: np.ndarray, cache: Path) -> dict[str, dict[int, Point]]:
@@ -101,8 +72,6 @@ def refreshed(text: str, curve: Curve, codecs: Mapping[str, Mapping[int, Point]]
     Raises:
         ValueError: If the card has no markers.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"expected the card to hold {BEGIN} and {END}: the measured part goes between them")
     smallest = ", ".join(f"{c.name.upper()} {smallest_file(c, pictures[0])}" for c in CODECS)
     larger = "; ".join(
         f"{name.upper()} " + ", ".join(_at(points, budget) for budget in LARGER_BUDGETS) for name, points in codecs.items()
@@ -113,7 +82,7 @@ def refreshed(text: str, curve: Curve, codecs: Mapping[str, Mapping[int, Point]]
         if codecs["webp"].get(curve.points[count].num_bytes, _NOTHING).reached == 1
     )
     rising = all(a.psnr < b.psnr for a, b in zip(_points(curve), _points(curve)[1:], strict=False))
-    part = f"""{BEGIN}
+    part = f"""\
 Measured on {len(pictures)} held-out crops by the bundled float16 weights, after {items:,} training crops. Means over crops, on
 8-bit pictures; a percentage is the share of crops that the codec could store in that many bytes (the mean is over those).
 
@@ -121,20 +90,8 @@ Measured on {len(pictures)} held-out crops by the bundled float16 weights, after
 
 - Against shrink-then-WebP at equal bytes, where every crop fits: {margins}.
 - PSNR rises with every row: {"yes" if rising else "no"}. Codebook used on these crops: {curve.codebook_used:.1%}.
-- Smallest file of the first crop, in bytes: {smallest}. With more bytes (PSNR): {larger}.
-{END}"""
-    before, _, rest = text.partition(BEGIN)
-    return before + part + rest.partition(END)[2]
-
-
-def with_source(text: str, weights: bytes, params: int) -> str:
-    """The card with the digest, size and parameter count of the weights in its front matter."""
-    values = {"sha256": hashlib.sha256(weights).hexdigest(), "size_mb": round(len(weights) / 1e6, 1), "params": params}
-    for key, value in values.items():
-        text, found = re.subn(rf"(?m)^(\s+{key}:).*$", rf"\g<1> {value}", text, count=1)
-        if not found:
-            raise ValueError(f"expected the card's front matter to have {key}")
-    return text
+- Smallest file of the first crop, in bytes: {smallest}. With more bytes (PSNR): {larger}."""
+    return with_measured(text, part)
 
 
 def _points(curve: Curve) -> list[Point]:
@@ -152,26 +109,11 @@ def _at(points: Mapping[int, Point], budget: int) -> str:
     return f"{points[budget].psnr:.2f} dB in {budget} bytes{share}"
 
 
-def _tokenizer(recipe: Recipe, state: Mapping[str, Tensor]) -> Tokenizer:
-    """As `tokenzoo.load` would build it from these weights."""
-    cls: Any = tokenizer_class(recipe.architecture)
-    tokenizer: Tokenizer = cls(cls.config_class.from_dict(recipe.config))
-    tokenizer.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    return tokenizer.eval()
-
-
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="output folder of the training run")
-    parser.add_argument("--recipe", required=True, help="its recipe: a TOML file or the name of a bundled one")
-    parser.add_argument("--data", required=True, help="folder of photos")
-    parser.add_argument("--card", type=Path, required=True, help="the card to refresh")
-    arguments = parser.parse_args()
-    plan = Recipe.read(arguments.recipe).to_dict()
-    plan["data"]["folder"] = arguments.data
+    arguments = command_line(__doc__, "photos").parse_args()
     torch.set_grad_enabled(False)
-    print(json.dumps(release(arguments.run, Recipe.from_dict(plan), arguments.card).to_dict(), indent=1))
+    print(json.dumps(release(arguments.run, recipe_of(arguments), arguments.card).to_dict(), indent=1))
 
 
 if __name__ == "__main__":

@@ -5,28 +5,20 @@ folder, of speakers who were never trained on. Everything between the markers on
 matter, is rewritten; the prose around them is not. `tokenzoo.evaluation.speech` says what has to be installed.
 """
 
-import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
-from tokenzoo.card import parse_card
 from tokenzoo.evaluation import speech
-from tokenzoo.evaluation.release import BEGIN, END, half_precision, with_source
-from tokenzoo.registry import tokenizer_class
+from tokenzoo.evaluation.bundling import averaged_weights, built, bundle, command_line, recipe_of, with_measured
 from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.files import write_atomically
 from tokenzoo.tokenizers.waveforms import Audio
-from tokenzoo.training.checkpoint import Checkpoint
-from tokenzoo.training.loop import CHECKPOINT
 from tokenzoo.training.recipe import Recipe, RecordingsRecipe
 from tokenzoo.training.recordings import find_recordings
 from tokenzoo.training.sources import prepare_clips
@@ -71,9 +63,8 @@ def release(run: Path, recipe: Recipe, card: Path, others: Path) -> dict[str, li
     """
     if not isinstance(recipe.data, RecordingsRecipe):
         raise ValueError(f"expected a recipe of recordings, got {recipe.data}")
-    checkpoint = Checkpoint.load(run / CHECKPOINT)
-    state = half_precision({**checkpoint.model, **checkpoint.averaged})
-    tokenizer = _tokenizer(recipe, state)
+    state, step = averaged_weights(run)
+    tokenizer = built(recipe.architecture, recipe.config, state)
     clips = prepare_clips(recipe.data, run / "recordings")
     store = clips.training.store
     sets = {
@@ -86,13 +77,8 @@ def release(run: Path, recipe: Recipe, card: Path, others: Path) -> dict[str, li
         mine = Row(f"**{card.stem}**", tokenizer.info.bits_per_second or 0.0, _measured(decoded, originals))
         rows[name] = [mine, *measured_peers(originals, run / f"peers_{name.replace(' ', '_')}.json")]
         used |= codes
-    spent = checkpoint.step * recipe.batch_size * recipe.data.clip_samples / recipe.data.sample_rate / 3600
-    text = refreshed(card.read_text(), sets, rows, spent, len(used))
-    weights = save(state)
-    text = with_source(text, weights, sum(p.numel() for p in tokenizer.parameters()))
-    parse_card(card.stem, text)
-    write_atomically(card.parent / "nano" / f"{card.stem}.safetensors", weights)
-    write_atomically(card, text.encode())
+    spent = step * recipe.batch_size * recipe.data.clip_samples / recipe.data.sample_rate / 3600
+    bundle(card, refreshed(card.read_text(), sets, rows, spent, len(used)), state, tokenizer)
     return rows
 
 
@@ -133,8 +119,6 @@ def refreshed(
     Raises:
         ValueError: If the card has no markers.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"expected the card to hold {BEGIN} and {END}: the measured part goes between them")
     parts = [f"Measured by the bundled float16 weights, after {hours:.1f} hours of clips. {codes:,} codes were used."]
     for name, originals in sets.items():
         seconds = sum(len(x) for x in originals) / speech.SAMPLE_RATE
@@ -146,8 +130,7 @@ def refreshed(
         ]
         lines += ["| --- |" + " ---: |" * (1 + len(_HEADS)), *(row.cells() for row in rows[name])]
         parts.append("\n".join(lines))
-    before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + rest.partition(END)[2]
+    return with_measured(text, "\n\n".join(parts))
 
 
 def _measured(decoded: Sequence[np.ndarray], originals: Sequence[np.ndarray]) -> dict[str, float]:
@@ -159,27 +142,13 @@ def _read(folder: Path) -> list[np.ndarray]:
     return [media.read(folder / name)[0][0].numpy() for name in find_recordings(folder, ["*"])]
 
 
-def _tokenizer(recipe: Recipe, state: Mapping[str, Tensor]) -> Tokenizer:
-    """As `tokenzoo.load` would build it from these weights."""
-    cls: Any = tokenizer_class(recipe.architecture)
-    tokenizer: Tokenizer = cls(cls.config_class.from_dict(recipe.config))
-    tokenizer.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    return tokenizer.eval()
-
-
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="output folder of the training run")
-    parser.add_argument("--recipe", required=True, help="its recipe: a TOML file or the name of a bundled one")
-    parser.add_argument("--data", required=True, help="folder of recordings")
+    parser = command_line(__doc__, "recordings")
     parser.add_argument("--others", type=Path, required=True, help="folder of recordings of other speakers")
-    parser.add_argument("--card", type=Path, required=True, help="the card to refresh")
     arguments = parser.parse_args()
-    plan = Recipe.read(arguments.recipe).to_dict()
-    plan["data"]["folder"] = arguments.data
     torch.set_grad_enabled(False)
-    for name, rows in release(arguments.run, Recipe.from_dict(plan), arguments.card, arguments.others).items():
+    for name, rows in release(arguments.run, recipe_of(arguments), arguments.card, arguments.others).items():
         print(name, *(row.cells() for row in rows), sep="\n")
 
 

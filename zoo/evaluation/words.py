@@ -4,24 +4,17 @@ The run may still be going on: its last checkpoint is read. Everything between t
 front matter, is rewritten; the prose around them is not.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save
 
-from tokenzoo.card import parse_card
-from tokenzoo.evaluation.release import BEGIN, END, half_precision, with_source
-from tokenzoo.tokenizers.files import write_atomically
+from tokenzoo.evaluation.bundling import averaged_weights, built, bundle, command_line, recipe_of, with_measured
 from tokenzoo.tokenizers.text.splitters import words_of
-from tokenzoo.tokenizers.text.word_pool import WordPool, WordPoolConfig
-from tokenzoo.training.checkpoint import Checkpoint
-from tokenzoo.training.loop import CHECKPOINT
+from tokenzoo.tokenizers.text.word_pool import WordPool
 from tokenzoo.training.recipe import Recipe, TextsRecipe
 from tokenzoo.training.sources import prepare_texts
 from tokenzoo.training.texts import TextStore
@@ -88,14 +81,10 @@ def measure(tokenizer: WordPool, text: bytes) -> Measured:
 def release(run: Path, recipe: Recipe, card: Path, most: int) -> dict[str, Measured]:
     """Writes `nano/<card>.safetensors` beside `card` and refreshes the card; what was measured, by language."""
     assert isinstance(recipe.data, TextsRecipe)
-    checkpoint = Checkpoint.load(run / CHECKPOINT)
-    state = half_precision({**checkpoint.model, **checkpoint.averaged})
+    state, step = averaged_weights(run)
     state = {name: tensor for name, tensor in state.items() if ".learner." not in name}
-    weights = save(state)
-    config = WordPoolConfig.from_dict({**recipe.config, "decay": 0.0, "restart_after": 0, "kmeans_iterations": 0})
-    tokenizer = WordPool(config)
-    tokenizer.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    tokenizer.eval()
+    tokenizer = built(recipe.architecture, {**recipe.config, "decay": 0.0, "restart_after": 0, "kmeans_iterations": 0}, state)
+    assert isinstance(tokenizer, WordPool)
     prepare_texts(recipe.data, run / "texts")
     store = TextStore(run / "texts")
     found = {}
@@ -103,11 +92,7 @@ def release(run: Path, recipe: Recipe, card: Path, most: int) -> dict[str, Measu
         if len(stream) >= LEAST:
             found[name] = measure(tokenizer, spread(stream, most))
             print(name, found[name], flush=True)
-    text = refreshed(card.read_text(), tokenizer, found, checkpoint.step, store.copied)
-    text = with_source(text, weights, sum(p.numel() for p in tokenizer.parameters()))
-    parse_card(card.stem, text)
-    write_atomically(card.parent / "nano" / f"{card.stem}.safetensors", weights)
-    write_atomically(card, text.encode())
+    bundle(card, refreshed(card.read_text(), tokenizer, found, step, store.copied), state, tokenizer)
     return found
 
 
@@ -117,14 +102,12 @@ def refreshed(text: str, tokenizer: WordPool, found: dict[str, Measured], steps:
     Raises:
         ValueError: If the card has no markers.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"expected the card to hold {BEGIN} and {END}: the measured part goes between them")
     count = tokenizer.num_codebooks
     bits = float(count * np.log2(tokenizer.config.codebook_size))
     rows = "\n".join(one.row(name, count, bits) for name, one in found.items())
     english = found["en"].right / found["en"].words
     others = [name for name, one in found.items() if name != "en" and one.right >= 0.95 * one.words]
-    part = f"""{BEGIN}
+    part = f"""\
 Measured on up to {max(one.num_bytes for one in found.values()) / 1e3:.0f} kB of each language, spread over its held-out
 manuals, by the bundled float16 weights, after {steps:,} training steps. Every text was decoded again,
 and was equal to the original.
@@ -135,25 +118,17 @@ and was equal to the original.
 
 - The aims were 99 % of English words and 95 % of the others': English has {english:.2%}, and {len(others)} of the
   {len(found) - 1} others have reached theirs{": " + ", ".join(others) if others else ""}.
-- {copied} held-out documents that were mostly copies of training documents were left out before.
-{END}"""
-    before, _, rest = text.partition(BEGIN)
-    return before + part + rest.partition(END)[2]
+- {copied} held-out documents that were mostly copies of training documents were left out before."""
+    return with_measured(text, part)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="output folder of the training run")
-    parser.add_argument("--recipe", required=True, help="its recipe: a TOML file or the name of a bundled one")
-    parser.add_argument("--data", required=True, help="folder of manuals")
-    parser.add_argument("--card", type=Path, required=True, help="the card to refresh")
+    parser = command_line(__doc__, "manuals")
     parser.add_argument("--bytes", type=int, default=16_000, help="of each language")
     arguments = parser.parse_args()
-    plan: dict[str, Any] = Recipe.read(arguments.recipe).to_dict()
-    plan["data"]["folder"] = arguments.data
     torch.set_grad_enabled(False)
-    found = release(arguments.run, Recipe.from_dict(plan), arguments.card, arguments.bytes)
+    found = release(arguments.run, recipe_of(arguments), arguments.card, arguments.bytes)
     print(json.dumps({name: vars(one) for name, one in found.items()}, indent=1))
 
 

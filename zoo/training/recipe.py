@@ -13,85 +13,75 @@ from tokenzoo.tokenizers.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataRecipe:
-    """Crops of a folder of photos.
+class MediaRecipe:
+    """What is trained on: the data of a recipe.
 
     Attributes:
-        folder: Folder of photos; empty in recipes that are shared, and then given on the command line.
+        folder: Folder of the media; empty in recipes that are shared, and then given on the command line.
         include: Globs over paths relative to the folder; `*` also matches `/`.
         exclude: Globs of what to leave out.
-        held_out: Share of the pictures that is never trained on.
-        crop_size: Side of a crop, in pixels.
-        smallest: Shortest side of the smallest pyramid level, in pixels.
-        largest: Shortest side of the largest pyramid level, in pixels.
-        candidates: Crops drawn for each one kept, the most detailed.
-        seed: Of the crops.
-        eval_crops: Held-out crops to evaluate on.
-        eval_seed: Of the held-out crops.
+        held_out: Share that is never trained on: of the pictures, of the recordings, or of the documents in any language.
+        seed: Of what is drawn for training.
     """
 
     folder: str = ""
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     held_out: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe(MediaRecipe):
+    """Crops of a folder of photos.
+
+    Attributes:
+        crop_size: Side of a crop, in pixels.
+        smallest: Shortest side of the smallest pyramid level, in pixels.
+        largest: Shortest side of the largest pyramid level, in pixels.
+        candidates: Crops drawn for each one kept, the most detailed.
+        eval_crops: Held-out crops to evaluate on.
+        eval_seed: Of the held-out crops.
+    """
+
     crop_size: int = 64
     smallest: int = 64
     largest: int = 256
     candidates: int = 1
-    seed: int = 0
     eval_crops: int = 1024
     eval_seed: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordingsRecipe:
+class RecordingsRecipe(MediaRecipe):
     """Clips of a folder of recordings: `media = "recordings"` among the data of a recipe.
 
     Attributes:
-        folder: Folder of recordings; empty in recipes that are shared, and then given on the command line.
-        include: Globs over paths relative to the folder; `*` also matches `/`.
-        exclude: Globs of what to leave out.
-        held_out: Share of the recordings that is never trained on.
         sample_rate: In Hz; that of the tokenizer.
         clip_samples: Samples of a clip.
-        seed: Of the clips.
         eval_clips: Held-out clips to evaluate on.
         eval_seed: Of the held-out clips.
     """
 
-    folder: str = ""
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    held_out: float = 0.1
     sample_rate: int = 16000
     clip_samples: int = 16000
-    seed: int = 0
     eval_clips: int = 64
     eval_seed: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextsRecipe:
+class TextsRecipe(MediaRecipe):
     """Windows of a folder of manuals: `media = "texts"` among the data of a recipe.
 
     Attributes:
-        folder: Folder of man pages and HTML files; empty in recipes that are shared, and then given on the command line.
-        include: Globs over paths relative to the folder; `*` also matches `/`.
-        exclude: Globs of what to leave out.
-        held_out: Share of the documents that is never trained on, in any language.
         window: Bytes of a window.
         flatten: Languages are drawn in proportion to their bytes to this power.
-        seed: Of the windows.
         eval_bytes: Held-out bytes of each language to evaluate on.
     """
 
-    folder: str = ""
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
     held_out: float = 0.06
     window: int = 4096
     flatten: float = 0.5
-    seed: int = 0
     eval_bytes: int = 20_000
 
 

@@ -3,6 +3,7 @@
 Everything is a function of the recipe and the step.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.audio.mel import mel_distance
 from tokenzoo.tokenizers.errors import ConfigError
 from tokenzoo.training.data import CropSampler, PhotoStore, find_photos, split_pictures
-from tokenzoo.training.recipe import DataRecipe, Recipe, RecordingsRecipe, TextsRecipe
+from tokenzoo.training.recipe import DataRecipe, MediaRecipe, Recipe, RecordingsRecipe, TextsRecipe
 from tokenzoo.training.recordings import ClipSampler, RecordingStore, find_recordings, split_recordings
 from tokenzoo.training.texts import TextStore, WindowSampler, find_texts, first_lines
 
@@ -131,12 +132,7 @@ class Texts:
 
 def prepare_crops(data: DataRecipe, cache: Path) -> Crops:
     """Decodes the photos into `cache` (once) and splits them by picture."""
-    if not data.folder:
-        raise ConfigError("expected a folder of photos: pass --data, or set data.folder in the recipe")
-    root = Path(data.folder)
-    names = find_photos(root, data.include, data.exclude)
-    if not names:
-        raise ConfigError(f"found no photos of {list(data.include)} in {root}: unpack them there, or change data.include")
+    root, names = _found(data, "photos", find_photos)
     store = PhotoStore.build(root, names, cache, smallest=data.smallest, largest=data.largest)
     training, held_out = split_pictures(store, data.held_out)
     options: dict[str, Any] = {"size": data.crop_size, "candidates": data.candidates}
@@ -146,12 +142,7 @@ def prepare_crops(data: DataRecipe, cache: Path) -> Crops:
 
 def prepare_clips(data: RecordingsRecipe, cache: Path) -> Clips:
     """Decodes the recordings into `cache` (once) and splits them by name."""
-    if not data.folder:
-        raise ConfigError("expected a folder of recordings: pass --data, or set data.folder in the recipe")
-    root = Path(data.folder)
-    names = find_recordings(root, data.include, data.exclude)
-    if not names:
-        raise ConfigError(f"found no recordings of {list(data.include)} in {root}: unpack them there, or change data.include")
+    root, names = _found(data, "recordings", find_recordings)
     store = RecordingStore.build(root, names, cache, sample_rate=data.sample_rate)
     training, held_out = split_recordings(store, data.held_out)
     held = ClipSampler(store, held_out or training, size=data.clip_samples, seed=data.eval_seed)
@@ -161,13 +152,25 @@ def prepare_clips(data: RecordingsRecipe, cache: Path) -> Clips:
 
 def prepare_texts(data: TextsRecipe, cache: Path) -> Texts:
     """Strips the manuals of their markup into `cache` (once) and splits them by document."""
-    if not data.folder:
-        raise ConfigError("expected a folder of manuals: pass --data, or set data.folder in the recipe")
-    root = Path(data.folder)
-    names = find_texts(root, data.include, data.exclude)
-    if not names:
-        raise ConfigError(f"found no manuals of {list(data.include)} in {root}: unpack them there, or change data.include")
+    root, names = _found(data, "manuals", find_texts)
     store = TextStore.build(root, names, cache, held_out=data.held_out)
     sampler = WindowSampler(store.streams(held_out=False), window=data.window, seed=data.seed, flatten=data.flatten)
     held_out = {name: first_lines(stream, data.eval_bytes) for name, stream in store.streams(held_out=True).items()}
     return Texts(sampler, held_out)
+
+
+def _found(
+    data: MediaRecipe, kind: str, find: Callable[[Path, Sequence[str], Sequence[str]], list[str]]
+) -> tuple[Path, list[str]]:
+    """The folder of a recipe's media, and the names of its files.
+
+    Raises:
+        ConfigError: If there is no folder, or nothing in it.
+    """
+    if not data.folder:
+        raise ConfigError(f"expected a folder of {kind}: pass --data, or set data.folder in the recipe")
+    root = Path(data.folder)
+    names = find(root, data.include, data.exclude)
+    if not names:
+        raise ConfigError(f"found no {kind} of {list(data.include)} in {root}: unpack them there, or change data.include")
+    return root, names

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from tokenzoo.evaluation.bundling import BEGIN, END, half_precision, with_source
 from tokenzoo.evaluation.rate_distortion import TOKEN_COUNTS, Curve, Point
-from tokenzoo.evaluation.release import BEGIN, END, half_precision, refreshed, with_source
+from tokenzoo.evaluation.release import refreshed
 
 CARD = f"---\nx:\n  sha256: null\n  size_mb: 0\n  params: 0\n---\nbefore\n{BEGIN}\nold\n{END}\nafter\n"
 

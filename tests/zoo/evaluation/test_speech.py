@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tokenzoo.evaluation import speech
-from tokenzoo.evaluation.release import BEGIN, END
+from tokenzoo.evaluation.bundling import BEGIN, END
 from tokenzoo.evaluation.speech_release import Row, refreshed
 
 FOUND = {"stoi": 0.8123, "pesq_nb": 2.0, "pesq_wb": 1.5, "mel_nb": 0.3, "mel_wb": 0.4, "dnsmos": 3.1}

@@ -33,6 +33,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t FEW_ROWS = 16;
+constexpr int64_t FEW_PANELS = 4;                // codes, and their least width, for which rows are not worth packing
+constexpr int64_t FEW_CODES_WIDTH = 32;
 constexpr int64_t SHARED_CODE_BYTES = 8 << 20;   // codes that are better read once by all threads than once by each
 constexpr int64_t CODE_BLOCK_BYTES = 16 << 10;   // codes that stay in L1 while the row block passes over them
 constexpr int64_t PACK_PANELS = 16;              // panels that are worth a thread
@@ -233,16 +235,8 @@ void search_shared(const float* x, int64_t count, const Packed& packed, int64_t*
 // As search_shared, for so few rows that a tile would be mostly empty.
 void search_few(const float* x, int64_t count, const Packed& packed, int64_t* ids) {
   Buffer rows = buffer(count * packed.dim);
-  std::vector<bool> broken(count);
-  for (int64_t n = 0; n < count; ++n) {
-    float check = 0;
-    for (int64_t d = 0; d < packed.dim; ++d) {
-      const float value = x[n * packed.dim + d] - packed.mean[d];
-      rows[n * packed.dim + d] = value;
-      check += value * 0.f;
-    }
-    broken[n] = !(check == 0.f);
-  }
+  bool broken[FEW_ROWS];
+  search().centre(x, count, packed.dim, packed.mean, rows.get(), broken);
   const int64_t parts = code_parts(count, packed);
   std::vector<float> best(parts * count);
   std::vector<int32_t> code(parts * count);
@@ -255,6 +249,20 @@ void search_few(const float* x, int64_t count, const Packed& packed, int64_t* id
     for (int64_t p = 1; p < parts; ++p)
       if (best[p * count + n] > best[winner * count + n]) winner = p;
     ids[n] = broken[n] ? 0 : code[winner * count + n];
+  }
+}
+
+// Few codes: to pack rows into tiles would take longer than to score them.
+void search_short(const float* x, int64_t count, const Packed& packed, int64_t* ids) {
+  Buffer rows = buffer(FEW_ROWS * packed.dim);
+  float best[FEW_ROWS];
+  int32_t code[FEW_ROWS];
+  bool broken[FEW_ROWS];
+  for (int64_t first = 0; first < count; first += FEW_ROWS) {
+    const int64_t here = std::min(FEW_ROWS, count - first);
+    search().centre(x + first * packed.dim, here, packed.dim, packed.mean, rows.get(), broken);
+    search().scan_few(rows.get(), here, packed.codes, packed.bias, packed.dim, 0, packed.panels, best, code);
+    for (int64_t n = 0; n < here; ++n) ids[first + n] = broken[n] ? 0 : code[n];
   }
 }
 
@@ -272,10 +280,12 @@ void search_all(const float* x, int64_t count, const Packed& packed, int64_t* id
     search_shared(x, count, packed, ids);
     return done(0, count);
   }
+  const bool few_codes = packed.panels <= FEW_PANELS && packed.dim >= FEW_CODES_WIDTH;
   const int64_t step = rows_per_block(count, packed.dim);
   parallel((count + step - 1) / step, [&](int64_t block) {
     const int64_t first = block * step, rows = std::min(step, count - first);
-    Tiles(rows, packed.dim).search_all(x + first * packed.dim, rows, packed, ids + first);
+    const float* part = x + first * packed.dim;
+    few_codes ? search_short(part, rows, packed, ids + first) : Tiles(rows, packed.dim).search_all(part, rows, packed, ids + first);
     done(first, rows);
   });
 }

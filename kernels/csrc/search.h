@@ -253,6 +253,26 @@ double gather(const float* x, const int64_t* ids, int64_t count, const float* co
   return total;
 }
 
+// Rows [count][dim] less the mean; which of them are not finite.
+void centre(const float* x, int64_t count, int64_t dim, const float* mean, float* out, bool* broken) {
+  for (int64_t n = 0; n < count; ++n, x += dim, out += dim) {
+    Vec check = splat(0.f);
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+      const Vec value = load(x + d) - load(mean + d);
+      store(out + d, value);
+      check += value * splat(0.f);
+    }
+    float rest = 0;
+    for (; d < dim; ++d) {
+      out[d] = x[d] - mean[d];
+      rest += out[d] * 0.f;
+    }
+    for (int i = 0; i < LANES; ++i) rest += check[i];
+    broken[n] = !(rest == 0.f);
+  }
+}
+
 void sum_codes(const float* rows, const int64_t* ids, int64_t count, int64_t width, int64_t first, int64_t last,
                int64_t* number, float* total) {
   for (int64_t n = 0; n < count; ++n, rows += width) {
@@ -418,7 +438,7 @@ void lfq(const float* x, int64_t count, int64_t dim, float high, float* codes, i
 }  // namespace
 
 extern const SearchTable table{LANES,    ROWS,     pack,          scan, resolve,
-                               scan_few, gather,   sum_codes,      step_residual, fsq, lfq};
+                               scan_few, centre,   gather, sum_codes,      step_residual, fsq, lfq};
 
 }  // namespace ISA
 }  // namespace tokenzoo

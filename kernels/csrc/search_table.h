@@ -35,9 +35,11 @@ struct SearchTable {
   // First code of the largest score, for the first `count` rows of a tile whose panels are known.
   void (*resolve)(const float* tile, int64_t count, const float* panels, const float* bias, int64_t dim, const float* best,
                   const int32_t* where, int32_t* codes);
-  // Largest score and its first code for each of a few rows [count][dim] over panels [first, last).
+  // Largest score and its first code for each of some rows [count][dim] over panels [first, last).
   void (*scan_few)(const float* rows, int64_t count, const float* panels, const float* bias, int64_t dim, int64_t first,
                    int64_t last, float* best, int32_t* code);
+  // Rows [count][dim] less the mean; which of them are not finite.
+  void (*centre)(const float* x, int64_t count, int64_t dim, const float* mean, float* out, bool* broken);
   // The entry of each row into out; returns the sum of squared differences.
   double (*gather)(const float* x, const int64_t* ids, int64_t count, const float* codebook, int64_t width, float* out);
   // Counts the rows of each code in [first, last), and adds them to its sum in their order.

@@ -5,25 +5,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def vision_tower(name: str, size: int, layers: int = 0) -> nn.Module:
-    """A vision transformer of timm's without weights, whose `forward_features` takes images of `size` pixels.
+def vision_tower(
+    name: str, size: int, layers: int = 0, *, activation: str | None = None, pretrained: bool = False
+) -> nn.Module:
+    """A vision transformer of timm's, whose `forward_features` takes images of `size` pixels.
 
     Args:
         name: timm's.
         size: Height and width in pixels.
         layers: Blocks to keep, without the norm that follows the last one; 0 for the whole network.
+        activation: Of the MLPs, by timm's name, such as `gelu_tanh`; by default what timm gives this network.
+        pretrained: Get timm's weights from the Hub.
 
     Raises:
         ValueError: If timm has no vision transformer of this name, or it has fewer blocks.
+        OSError: If its weights could not be had from the Hub or from the local cache.
     """
     import timm
 
     if not timm.is_model(name):
         raise ValueError(f"expected a network of timm's, such as vit_so400m_patch14_siglip_384, got {name!r}")
-    tower = timm.create_model(name, pretrained=False, num_classes=0, img_size=size, global_pool="")
+    wanted = f"expected a vision transformer of at least {layers} blocks, got {name!r}"
+    options = {} if activation is None else {"act_layer": activation}
+    try:
+        tower = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size, global_pool="", **options)
+    except TypeError as error:
+        raise ValueError(wanted) from error
+    except OSError as error:
+        raise OSError(f"{name} could not be had from the Hub, nor is it in the local cache: {error}") from error
     blocks = getattr(tower, "blocks", None)
     if not isinstance(blocks, nn.Sequential) or not hasattr(tower, "patch_embed") or layers > len(blocks):
-        raise ValueError(f"expected a vision transformer of at least {layers} blocks, got {name!r}")
+        raise ValueError(wanted)
     if layers:
         tower.blocks, tower.norm = blocks[:layers], nn.Identity()
     return tower

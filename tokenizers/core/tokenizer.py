@@ -256,18 +256,22 @@ class Tokenizer(nn.Module):
         budgets = [operator.index(n) for n in wanted if hasattr(n, "__index__") and not isinstance(n, bool)]
         if len(budgets) < len(wanted) or len(wanted) != (count if many else 1):
             raise TokensError(f"expected length= a whole number, or one for each of {count} items, got {length!r}")
+        lowest, limit = self._length_range()
+        for n in budgets:
+            if n < lowest or (limit is not None and n > limit):
+                allowed = f"{lowest} to {limit}" if lowest != limit else f"{limit}, its fixed length"
+                raise TokensError(f"{self.name or self.architecture} encodes to {allowed} tokens, got length={n}")
+        return budgets if many else budgets * count
+
+    def _length_range(self) -> tuple[int, int | None]:
+        """The shortest and the longest that `length` may ask for; the latter `None` if there is no limit."""
         info = self._describe()
         if info.get("variable", "none") == "none" and info.get("max_tokens") is None:
             raise TokensError(
                 f"{self.name or self.architecture} has a fixed rate, its tokens follow the media: leave out length="
             )
         limit = len(info["codebook_sizes"]) if info.get("variable") == "codebooks" else info.get("max_tokens")
-        lowest = limit if info.get("variable", "none") == "none" else 1
-        for n in budgets:
-            if n < (lowest or 1) or (limit is not None and n > limit):
-                allowed = f"{lowest} to {limit}" if lowest != limit else f"{limit}, its fixed length"
-                raise TokensError(f"{self.name or self.architecture} encodes to {allowed} tokens, got length={n}")
-        return budgets if many else budgets * count
+        return (limit or 1) if info.get("variable", "none") == "none" else 1, limit
 
     def _check_target(self, target: Mapping[str, float] | None) -> None:
         if target is None:

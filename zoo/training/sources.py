@@ -67,8 +67,10 @@ class Crops:
         return torch.cat([torch.from_numpy(crops).permute(0, 3, 1, 2) for crops in parts])
 
     def evaluate(self, tokenizer: Tokenizer, recipe: Recipe) -> dict[str, float]:
-        """Mean PSNR of held-out crops, at each token count of the recipe."""
+        """Mean PSNR of held-out crops, at each token count of the recipe; losses, if the tokenizer decodes to features."""
         crops = torch.from_numpy(self.held_out[: recipe.eval_items]).permute(0, 3, 1, 2).float() / 255
+        if tokenizer.info.decodes_to == "features":
+            return held_out_losses(tokenizer, crops, recipe.batch_size)
         tokens = tokenizer.encode(list(crops))
         measured = {}
         for length in recipe.eval_lengths or (None,):
@@ -128,6 +130,14 @@ class Texts:
             shares = zip(self.held_out, reconstructed(texts), strict=False)
             measured |= {f"held_out_words_{name}": share for name, share in shares}
         return measured
+
+
+def held_out_losses(tokenizer: Tokenizer, items: Tensor, batch_size: int) -> dict[str, float]:
+    """The objective's losses on held-out items, with the same draws every time."""
+    parts = items.split(batch_size)
+    losses = [tokenizer(part, generator=torch.Generator().manual_seed(i)).losses for i, part in enumerate(parts)]
+    sums = {k: sum(float(x[k]) * len(part) for x, part in zip(losses, parts, strict=True)) for k in losses[0]}
+    return {f"held_out_{name}": value / len(items) for name, value in sums.items()}
 
 
 def prepare_crops(data: DataRecipe, cache: Path) -> Crops:

@@ -109,7 +109,7 @@ def test_published_names_there_and_back():
     assert all(torch.equal(ours[k], state[k]) for k in state)
 
 
-def test_training_moves_projector_and_attention_but_not_the_tower():
+def test_training_moves_the_attention_and_nothing_else():
     tok = tiny().train()
     batch = torch.stack([tok.media.read(clip(seed=s))[0] for s in range(2)])
     before = {k: v.clone() for k, v in tok.state_dict().items()}

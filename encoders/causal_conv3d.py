@@ -27,7 +27,7 @@ def frames(x: Tensor) -> Tensor:
 
 def clips(pictures: Tensor, batch: int) -> Tensor:
     """The inverse of `frames`: `[B * T, C, H, W]` to `[B, C, T, H, W]`."""
-    return pictures.unflatten(0, (batch, -1)).transpose(1, 2)
+    return pictures.unflatten(0, (batch, len(pictures) // batch)).transpose(1, 2)
 
 
 def laid_out(x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class MaskedAutoencoder(nn.Module):
         if not 0 < hidden < 1:
             raise ValueError(f"expected a share of hidden patches between 0 and 1, got {hidden}")
         self.hidden = hidden
-        tower.patch_drop = ShownPatches(tower.num_prefix_tokens)  # type: ignore[arg-type]
+        self.gate = tower.patch_drop = ShownPatches(int(tower.num_prefix_tokens))  # type: ignore[arg-type]
         height, width = tower.patch_embed.grid_size  # type: ignore[union-attr, misc]
         self.patch: tuple[int, int] = tower.patch_embed.patch_size  # type: ignore[union-attr, assignment]
         self.narrow = nn.Sequential(nn.LayerNorm(tower.num_features), nn.Linear(tower.num_features, dim))  # type: ignore[arg-type]
@@ -75,9 +75,9 @@ class MaskedAutoencoder(nn.Module):
         count = patches.shape[1]
         order = torch.rand(len(patches), count, generator=generator).argsort(1).to(pictures.device)
         shown, hidden = order.split([(kept := max(1, round(count * (1 - self.hidden)))), count - kept], 1)
-        tower.patch_drop.shown = shown
+        self.gate.shown = shown
         seen = tower.forward_features(pictures)[:, tower.num_prefix_tokens :]  # type: ignore[operator]
-        tower.patch_drop.shown = None
+        self.gate.shown = None
         tokens = self.missing.expand(len(patches), count, -1).scatter(
             1, _wide(shown, self.missing), self.narrow(seen).to(self.missing)
         )

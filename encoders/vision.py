@@ -1,5 +1,7 @@
 """Patch features of a frozen vision network from timm, such as DINOv2 (https://arxiv.org/abs/2304.07193), to train against."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ def vision_tower(
     if not timm.is_model(name):
         raise ValueError(f"expected a network of timm's, such as vit_so400m_patch14_siglip_384, got {name!r}")
     wanted = f"expected a vision transformer of at least {layers} blocks, got {name!r}"
-    options = {} if activation is None else {"act_layer": activation}
+    options: dict[str, Any] = {} if activation is None else {"act_layer": activation}
     try:
         tower = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size, global_pool="", **options)
     except TypeError as error:

@@ -61,7 +61,7 @@ class Video:
         """
         frames, fps = read_clip(item, self.sampling)
         source = [int(n) for n in frames.shape[2:]]
-        clip, size = self._fit(frames)
+        clip, size = self.fitted(frames)
         meta = {"frames": len(clip), "size": size, "source_size": source}
         if fps is not None:
             meta["fps"] = fps
@@ -85,7 +85,7 @@ class Video:
         first = int(self.lone_first)
         return first + -(-max(frames - first, 0) // self.frame_stride) * self.frame_stride
 
-    def _fit(self, frames: Tensor) -> tuple[Tensor, list[int]]:
+    def fitted(self, frames: Tensor) -> tuple[Tensor, list[int]]:
         """Frames uint8 or float32 `[T, 3, H, W]` at the network's size, and the size that is restored."""
         height, width = frames.shape[2:]
         if self.fit == "pad":

@@ -377,6 +377,14 @@ class Tokenizer(nn.Module):
         if mine.max_tokens is not None and tokens.lengths.numel() and int(tokens.lengths.max()) > mine.max_tokens:
             raise TokensError(f"expected at most {mine.max_tokens} tokens per item, got {int(tokens.lengths.max())}")
 
+    def stream(self) -> Any:
+        """An encoder and a decoder of media that are still coming in, where the network allows it: causal audio and video.
+
+        Raises:
+            TokensError: If this network has to see an item as a whole.
+        """
+        raise TokensError(f"{self.name or self.architecture} has to see an item as a whole and cannot be streamed: use encode")
+
     # -- training
 
     def forward(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:

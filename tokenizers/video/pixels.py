@@ -18,6 +18,7 @@ from tokenzoo.tokenizers.clips import Video
 from tokenzoo.tokenizers.quantizers import FiniteScalarQuantizer
 from tokenzoo.tokenizers.spec import Modality
 from tokenzoo.tokenizers.video._common import Loss, trained
+from tokenzoo.tokenizers.video.streaming import ClipStream
 
 
 class GridVideo(Tokenizer):
@@ -123,6 +124,27 @@ class GridVideo(Tokenizer):
             rows = [()] * len(group) if grids is None else [tuple(row) for row in grids[group].tolist()]
             for row in dict.fromkeys(rows):
                 yield [index for index, other in zip(group, rows, strict=True) if other == row]
+
+    # -- streams
+
+    def stream(self, *, frames: int | None = None, size: tuple[int, int] | None = None) -> ClipStream:
+        """An encoder and a decoder of one clip while it comes in, which hold their state.
+
+        Args:
+            frames: Of the whole clip, where it is known; VidTok v1.1 has to know it in the beginning.
+            size: Height and width of the frames in pixels, to which a stream that only decodes shall cut them.
+
+        Raises:
+            TokensError: If the number of frames has to be known, or is not positive.
+        """
+        if frames is not None and frames < 1:
+            raise TokensError(f"expected frames, the number of them in the clip, of at least 1, got {frames}")
+        if frames is None and len({self._missing(self.media.padded_frames(n)) for n in range(1, self.frame_stride + 1)}) > 1:
+            raise TokensError(
+                f"{self.name or self.architecture} fills the first step with copies of the first frame, as many as the length "
+                "of the clip wants: pass frames=, the number of frames to come"
+            )
+        return ClipStream(self, frames, size)
 
     # -- training
 

@@ -311,7 +311,7 @@ class VQToken(Tokenizer):
         """What the tower sees `[B, h * w, width]` in frames `[B, 3, H, W]` in [0, 1]."""
         with torch.no_grad():
             seen: Tensor = self.tower.forward_features(self._normalized(frames))  # type: ignore[operator]
-        return seen[:, self.tower.num_prefix_tokens :]  # type: ignore[misc]
+        return seen[:, self.tower.num_prefix_tokens :]
 
     def _normalized(self, frames: Tensor) -> Tensor:
         mean, deviation = (frames.new_tensor(v)[:, None, None] for v in (self.config.mean, self.config.deviation))

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +20,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "screen.h"
 #include "search_table.h"
 
 namespace tokenzoo {
@@ -35,27 +37,40 @@ using torch::stable::Tensor;
 constexpr int64_t FEW_ROWS = 16;
 constexpr int64_t FEW_PANELS = 4;                // codes, and their least width, for which rows are not worth packing
 constexpr int64_t FEW_CODES_WIDTH = 32;
+constexpr int64_t SCREEN_WIDTH = 32;             // least width that is worth a screen
 constexpr int64_t SHARED_CODE_BYTES = 8 << 20;   // codes that are better read once by all threads than once by each
 constexpr int64_t CODE_BLOCK_BYTES = 16 << 10;   // codes that stay in L1 while the row block passes over them
 constexpr int64_t PACK_PANELS = 16;              // panels that are worth a thread
 constexpr int MOST_ROWS = 64;                    // of a tile
 constexpr int64_t SCALAR_ROWS = 4096;            // rows of scalar quantization that are worth a thread
+constexpr int64_t SPARE_FLOATS = 256 << 10;      // scratch that a thread keeps: the largest piece, and how many
+constexpr size_t MOST_SPARES = 6;
+constexpr double MOST_NORM = 1e18;               // of an entry, beyond which scores might overflow
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+std::string_view wanted_isa() {
+  const char* wish = std::getenv("TOKENZOO_ISA");
+  return wish ? wish : "amx";
+}
 
 // The widest instruction set of this processor, or the one that TOKENZOO_ISA names.
 const SearchTable& search() {
   static const SearchTable* chosen = [] {
 #if defined(__x86_64__) || defined(_M_X64)
-    const char* wish = std::getenv("TOKENZOO_ISA");
-    const std::string_view name = wish ? wish : "avx512";
+    const std::string_view name = wanted_isa();
     const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-    if (name == "avx512" && has_avx512) return &avx512::table;
+    if ((name == "amx" || name == "avx512") && has_avx512) return &avx512::table;
     if (name != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::table;
 #endif
     return &portable::table;
   }();
   return *chosen;
+}
+
+bool screening(int64_t dim) {
+  static const bool possible = wanted_isa() == "amx" && amx::available();
+  return possible && dim >= SCREEN_WIDTH;
 }
 
 // Packed rows of a thread: they share its L2 with the codes.
@@ -68,13 +83,39 @@ int64_t row_block_bytes() {
   return bytes;
 }
 
-struct AlignedFree {
+// Scratch memory, aligned. What a thread gives back it keeps for the next block: fresh pages cost more than many a search.
+struct Free {
   void operator()(float* p) const { std::free(p); }
 };
-using Buffer = std::unique_ptr<float[], AlignedFree>;
+struct Spare {
+  std::unique_ptr<float[], Free> memory;
+  int64_t floats;
+};
+thread_local std::vector<Spare> spares;
+
+struct GiveBack {
+  int64_t floats;
+  void operator()(float* p) const {
+    if (floats <= SPARE_FLOATS && spares.size() < MOST_SPARES) {
+      spares.push_back({std::unique_ptr<float[], Free>(p), floats});
+    } else {
+      std::free(p);
+    }
+  }
+};
+using Buffer = std::unique_ptr<float[], GiveBack>;
 
 Buffer buffer(int64_t floats) {
-  return Buffer(static_cast<float*>(std::aligned_alloc(64, (std::max<int64_t>(floats, 1) * 4 + 63) / 64 * 64)));
+  const auto fitting = std::find_if(spares.begin(), spares.end(), [&](const Spare& spare) {
+    return floats <= spare.floats && spare.floats <= 2 * floats;
+  });
+  if (fitting != spares.end()) {
+    Buffer found(fitting->memory.release(), {fitting->floats});
+    spares.erase(fitting);
+    return found;
+  }
+  const int64_t whole = (std::max<int64_t>(floats, 1) + 15) / 16 * 16;
+  return Buffer(static_cast<float*>(std::aligned_alloc(64, whole * sizeof(float))), {whole});
 }
 
 template <class F>
@@ -85,21 +126,29 @@ void parallel(int64_t count, const F& body) {
   });
 }
 
-// A packed codebook: [bias, panels * PANEL][panels][dim][PANEL][mean, dim], all float32.
+// A packed codebook, all float32: [bias, even panels * PANEL][panels][dim][PANEL], for a screen [even panels][tiles][greatest
+// norm of an entry, once a lane], [mean, dim].
 struct Packed {
-  int64_t size, dim, panels;
-  float *bias, *codes, *mean;
+  int64_t size, dim, panels, even;
+  float *bias, *codes, *tiles, *greatest, *mean;
 
   Packed(float* data, int64_t size, int64_t dim)
-      : size(size), dim(dim), panels((size + PANEL - 1) / PANEL), bias(data), codes(bias + panels * PANEL),
-        mean(codes + panels * dim * PANEL) {}
+      : size(size), dim(dim), panels((size + PANEL - 1) / PANEL), even((panels + 1) / 2 * 2), bias(data), codes(bias + even * PANEL),
+        tiles(screening(dim) ? codes + panels * dim * PANEL : nullptr),
+        greatest(tiles ? tiles + even * screen_floats(dim) : nullptr), mean(greatest ? greatest + PANEL : codes + panels * dim * PANEL) {}
 
   static int64_t floats(int64_t size, int64_t dim) {
     const Packed shape(nullptr, size, dim);
-    return shape.dim + shape.panels * PANEL * (1 + shape.dim);
+    const int64_t screen = screening(dim) ? shape.even * screen_floats(dim) + PANEL : 0;
+    return shape.even * PANEL + shape.panels * dim * PANEL + screen + dim;
   }
   int64_t panels_per_block() const {
     return dim > DEEP ? DEEP_PANELS : std::max<int64_t>(1, CODE_BLOCK_BYTES / (dim * PANEL * 4));
+  }
+  Packed without_screen() const {
+    Packed plain = *this;
+    plain.tiles = nullptr;
+    return plain;
   }
 };
 
@@ -130,6 +179,8 @@ Tensor pack(const Tensor& codebook, bool dot) {
     }
     for (int64_t d = 0; d < width && finite; ++d) packed.mean[d] = static_cast<float>(sums[d] / static_cast<double>(finite));
   }
+  std::fill_n(packed.bias, packed.even * PANEL, LOWEST);
+  std::vector<double> greatest(packed.panels);
   parallel((packed.panels + PACK_PANELS - 1) / PACK_PANELS, [&](int64_t block) {
     for (int64_t p = block * PACK_PANELS; p < std::min(packed.panels, (block + 1) * PACK_PANELS); ++p) {
       float* panel = packed.codes + p * packed.dim * PANEL;
@@ -148,9 +199,17 @@ Tensor pack(const Tensor& codebook, bool dot) {
         packed.bias[p * PANEL + i] = !usable ? LOWEST : dot ? 0.f : static_cast<float>(-norms[i] / 2);
         if (!usable)
           for (int64_t d = 0; d < width; ++d) panel[d * PANEL + i] = 0.f;
+        else
+          greatest[p] = std::max(greatest[p], norms[i]);
       }
+      if (packed.tiles) amx::pack_panel(panel, width, packed.tiles + p * screen_floats(width));
     }
   });
+  if (packed.tiles) {
+    if (packed.panels < packed.even) std::fill_n(packed.tiles + packed.panels * screen_floats(width), screen_floats(width), 0.f);
+    const double norm = std::sqrt(packed.panels ? *std::max_element(greatest.begin(), greatest.end()) : 0);
+    std::fill_n(packed.greatest, PANEL, norm < MOST_NORM ? static_cast<float>(norm) : -LOWEST);
+  }
   return out;
 }
 
@@ -212,6 +271,83 @@ int64_t rows_per_block(int64_t count, int64_t dim) {
   return (tiles + rounds * threads - 1) / (rounds * threads) * rows;
 }
 
+// Rows as tiles of a screen.
+struct Screen {
+  int64_t count, padded, dim;
+  Buffer rows, norms, scratch;
+
+  Screen(const float* x, int64_t count, const Packed& packed, int64_t parts)
+      : count(count), padded((count + SCREEN_ROWS - 1) / SCREEN_ROWS * SCREEN_ROWS), dim(packed.dim),
+        rows(buffer(padded / PANEL * screen_floats(dim))), norms(buffer(padded)), scratch(buffer(parts * padded * 3 * PANEL)) {
+    amx::pack_rows(x, count, dim, packed.mean, rows.get(), norms.get());
+  }
+  void scan(const Packed& packed, int64_t part, int64_t first, int64_t last, Lead* leads) const {
+    amx::scan(rows.get(), padded, dim, packed.tiles, packed.bias, first, last, scratch.get() + part * padded * 3 * PANEL,
+              leads + part * padded);
+  }
+  // Finds the ids of all rows but those that it returns. Each part is a range of panels, with leads and states of its own.
+  //
+  // No code is nearest to a row whose score is below the best by more than twice what the screen and the search in float32 can
+  // be wrong by together: by rounding, in 3 * dim additions in the screen and dim in the search, by what high and low leave out,
+  // and by underflow. Where others remain beside the best, they are compared in float32, if all of them are known: a state
+  // remembers one code of each lane.
+  std::vector<int64_t> settle(const float* x, const Packed& packed, int64_t parts, const Lead* leads, int64_t* ids) const {
+    const float wrong = (5 * static_cast<float>(dim) + 64) * 0x1p-24f + 3.1f * 0x1p-18f, reach = *packed.greatest + 1e-15f;
+    Buffer row = buffer(dim);
+    std::vector<int64_t> open;
+    for (int64_t n = 0; n < count; ++n) {
+      Lead lead = leads[n];
+      for (int64_t part = 1; part < parts; ++part) {
+        const Lead& other = leads[part * padded + n];
+        const float loser = std::min(lead.best, other.best);
+        const float second = std::max({lead.second, other.second, loser});
+        if (other.best > lead.best) lead = other;
+        lead.second = second;
+      }
+      const float least = lead.best - 2 * wrong * (1.001f * (norms[n] + 1e-15f) * reach + reach * reach / 2) - 1e-30f;
+      ids[n] = lead.second < least ? lead.code : compare(x + n * dim, packed, parts, n, least, row.get());
+      if (ids[n] < 0) open.push_back(n);
+    }
+    return open;
+  }
+
+  // The nearest of the codes whose score is `least` or more; -1 where not all of them are known.
+  int64_t compare(const float* x, const Packed& packed, int64_t parts, int64_t n, float least, float* row) const {
+    bool broken;
+    search().centre(x, 1, dim, packed.mean, row, &broken);
+    float best = LOWEST;
+    int32_t code = -1;
+    for (int64_t part = 0; part < parts; ++part) {
+      const float* state = scratch.get() + (part * padded + n) * 3 * PANEL;
+      for (int64_t lane = 0; lane < PANEL; ++lane) {
+        if (!(state[PANEL + lane] < least)) return -1;
+        if (state[lane] < least) continue;
+        const int32_t panel = reinterpret_cast<const int32_t*>(state)[2 * PANEL + lane];
+        float score;
+        int32_t candidate;
+        search().scan_few(row, 1, packed.codes, packed.bias, dim, panel, panel + 1, &score, &candidate);
+        if (score > best || (score == best && candidate < code)) {
+          best = score;
+          code = candidate;
+        }
+      }
+    }
+    return code;
+  }
+};
+
+// Searches the open rows another way.
+template <class Search>
+void search_open(const float* x, const std::vector<int64_t>& open, int64_t dim, int64_t* ids, const Search& search) {
+  if (open.empty()) return;
+  const int64_t count = static_cast<int64_t>(open.size());
+  Buffer rows = buffer(count * dim);
+  for (int64_t n = 0; n < count; ++n) std::copy_n(x + open[n] * dim, dim, rows.get() + n * dim);
+  std::vector<int64_t> found(count);
+  search(rows.get(), count, found.data());
+  for (int64_t n = 0; n < count; ++n) ids[open[n]] = found[n];
+}
+
 // Some rows, many codes: the threads share the codes instead, and the best of their answers is taken in order.
 void search_shared(const float* x, int64_t count, const Packed& packed, int64_t* ids) {
   Tiles tiles(count, packed.dim);
@@ -266,6 +402,46 @@ void search_short(const float* x, int64_t count, const Packed& packed, int64_t* 
   }
 }
 
+// How a search goes: where most rows stay open, a screen is a waste.
+struct Luck {
+  std::atomic<int64_t> rows{0}, open{0};
+  bool holds() const { return 2 * open <= rows; }
+};
+
+// The ids of some rows by one thread.
+void search_block(const float* x, int64_t count, const Packed& packed, int64_t* ids, Luck& luck) {
+  if (packed.tiles && luck.holds()) {
+    const Screen screen(x, count, packed, 1);
+    std::vector<Lead> leads(screen.padded);
+    screen.scan(packed, 0, 0, packed.even, leads.data());
+    const std::vector<int64_t> open = screen.settle(x, packed, 1, leads.data(), ids);
+    luck.rows += count;
+    luck.open += static_cast<int64_t>(open.size());
+    search_open(x, open, packed.dim, ids, [&](const float* rows, int64_t number, int64_t* found) {
+      search_block(rows, number, packed.without_screen(), found, luck);
+    });
+  } else if (count <= FEW_ROWS || (packed.panels <= FEW_PANELS && packed.dim >= FEW_CODES_WIDTH)) {
+    search_short(x, count, packed, ids);
+  } else {
+    Tiles(count, packed.dim).search_all(x, count, packed, ids);
+  }
+}
+
+// As search_shared, by a screen.
+void screen_shared(const float* x, int64_t count, const Packed& packed, int64_t* ids) {
+  const int64_t parts = std::min(code_parts(count, packed), packed.even / 2);
+  const Screen screen(x, count, packed, parts);
+  std::vector<Lead> leads(parts * screen.padded);
+  parallel(parts, [&](int64_t p) {
+    screen.scan(packed, p, packed.even / 2 * p / parts * 2, packed.even / 2 * (p + 1) / parts * 2, leads.data());
+  });
+  const std::vector<int64_t> open = screen.settle(x, packed, parts, leads.data(), ids);
+  search_open(x, open, packed.dim, ids, [&](const float* rows, int64_t number, int64_t* found) {
+    const Packed plain = packed.without_screen();
+    number <= FEW_ROWS ? search_few(rows, number, plain, found) : search_shared(rows, number, plain, found);
+  });
+}
+
 // Calls done(first row, rows) for every block of rows, in parallel, once its ids are known; blocks are whole tiles.
 template <class Done>
 void search_all(const float* x, int64_t count, const Packed& packed, int64_t* ids, const Done& done) {
@@ -277,15 +453,14 @@ void search_all(const float* x, int64_t count, const Packed& packed, int64_t* id
     return done(0, count);
   }
   if (fits && (tiles < torch::stable::get_num_threads() || packed.panels * PANEL * packed.dim * 4 > SHARED_CODE_BYTES)) {
-    search_shared(x, count, packed, ids);
+    packed.tiles ? screen_shared(x, count, packed, ids) : search_shared(x, count, packed, ids);
     return done(0, count);
   }
-  const bool few_codes = packed.panels <= FEW_PANELS && packed.dim >= FEW_CODES_WIDTH;
+  Luck luck;
   const int64_t step = rows_per_block(count, packed.dim);
   parallel((count + step - 1) / step, [&](int64_t block) {
     const int64_t first = block * step, rows = std::min(step, count - first);
-    const float* part = x + first * packed.dim;
-    few_codes ? search_short(part, rows, packed, ids + first) : Tiles(rows, packed.dim).search_all(part, rows, packed, ids + first);
+    search_block(x + first * packed.dim, rows, packed, ids + first, luck);
     done(first, rows);
   });
 }
@@ -368,11 +543,11 @@ std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<
       search_all(residual, count, codes, found, [](int64_t, int64_t) {});
     });
   } else {
+    Luck luck;
     parallel((count + step - 1) / step, [&](int64_t block) {
       const int64_t first = block * step, rows = std::min(step, count - first);
-      Tiles tiles(rows, width);
       quantize_rows(first, rows, [&](const float* residual, const Packed& codes, int64_t* found) {
-        tiles.search_all(residual, rows, codes, found);
+        search_block(residual, rows, codes, found, luck);
       });
     });
   }

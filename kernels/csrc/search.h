@@ -368,7 +368,7 @@ void scan_few(const float* rows, int64_t count, const float* panels, const float
   // Accumulators: COUNT * WIDTH * PARTS, enough to hide the latency of a multiply-add and few enough for the registers.
   int64_t n = 0;
   if constexpr (FEW >= 8)
-    for (; n + 8 <= count; n += 8) few_rows<8, 1>(rows + n * dim, panels, bias, dim, first, last, best + n, code + n);
+    for (; n + 8 <= count; n += 8) few_rows<8, 2>(rows + n * dim, panels, bias, dim, first, last, best + n, code + n);
   for (; n + 4 <= count; n += 4) few_rows<4, FEW / 4>(rows + n * dim, panels, bias, dim, first, last, best + n, code + n);
   for (; n + 3 <= count; n += 3) few_rows<3, FEW / 4>(rows + n * dim, panels, bias, dim, first, last, best + n, code + n);
   for (; n + 2 <= count; n += 2) few_rows<2, FEW / 2>(rows + n * dim, panels, bias, dim, first, last, best + n, code + n);

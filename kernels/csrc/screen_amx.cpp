@@ -1,0 +1,202 @@
+// The screen on AMX, a unit of recent x86 processors that multiplies tiles of bfloat16 and adds up in float32.
+//
+// A float32 is high + low + rest, high and low bfloat16, the rest at most 2^-18 of it. A score is summed up from
+// high * high + high * low + low * high: three times the products, at more than ten times the rate.
+//
+// Nothing in here may be a symbol that the linker could share with code for all processors (search.h).
+#include "screen.h"
+
+#if defined(__linux__) && defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16")
+#endif
+#include <immintrin.h>
+
+namespace tokenzoo {
+namespace amx {
+namespace {
+
+constexpr int64_t LANES = 16;
+constexpr int64_t CODE_BLOCK_FLOATS = 128 << 10;  // codes that stay in L2 while all rows pass over them
+
+// Tiles 0 to 3 are sums, [row tile][panel]; 4 and 5 rows, 6 and 7 codes. All are 16 rows of 64 bytes.
+void configure() {
+  alignas(64) uint8_t setting[64] = {};
+  setting[0] = 1;
+  for (int tile = 0; tile < 8; ++tile) {
+    setting[16 + 2 * tile] = 64;
+    setting[48 + tile] = 16;
+  }
+  _tile_loadconfig(setting);
+}
+
+// Two vectors of values as bfloat16, high and low.
+inline void split(__m512 first, __m512 second, float* high, float* low) {
+  const __m512i upper = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const auto widened = [](__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); };
+  const __m512 rest1 = _mm512_sub_ps(first, widened(_mm512_castsi512_si256(upper)));
+  const __m512 rest2 = _mm512_sub_ps(second, widened(_mm512_extracti64x4_epi64(upper, 1)));
+  _mm512_storeu_si512(high, upper);
+  _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(rest2, rest1));
+}
+
+// Scores of SCREEN_ROWS rows and two panels, [row tile][panel][row][code].
+inline void score(const float* rows, const float* panels, const float* bias, int64_t steps, float* scores) {
+  const float* rows2 = rows + 2 * steps * SCREEN_TILE;
+  const float* panels2 = panels + 2 * steps * SCREEN_TILE;
+  _tile_loadd(0, bias, 0);
+  _tile_loadd(1, bias + PANEL, 0);
+  _tile_loadd(2, bias, 0);
+  _tile_loadd(3, bias + PANEL, 0);
+  for (int64_t step = 0; step < 2 * steps * SCREEN_TILE; step += 2 * SCREEN_TILE) {
+    _tile_loadd(4, rows + step, 64);
+    _tile_loadd(5, rows2 + step, 64);
+    _tile_loadd(6, panels + step, 64);
+    _tile_loadd(7, panels2 + step, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(6, panels + step + SCREEN_TILE, 64);
+    _tile_loadd(7, panels2 + step + SCREEN_TILE, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(4, rows + step + SCREEN_TILE, 64);
+    _tile_loadd(5, rows2 + step + SCREEN_TILE, 64);
+    _tile_loadd(6, panels + step, 64);
+    _tile_loadd(7, panels2 + step, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, scores, 64);
+  _tile_stored(1, scores + SCREEN_TILE, 64);
+  _tile_stored(2, scores + 2 * SCREEN_TILE, 64);
+  _tile_stored(3, scores + 3 * SCREEN_TILE, 64);
+}
+
+// The state of a row is, for each lane of codes, the best score so far, the second best, and the panel of the best.
+inline void meet(const float* scores, int64_t panel, float* state) {
+  for (int64_t n = 0; n < SCREEN_ROWS; ++n, state += 3 * LANES) {
+    const float* row = scores + n / PANEL * 2 * SCREEN_TILE + n % PANEL * LANES;
+    const __m512 one = _mm512_load_ps(row), two = _mm512_load_ps(row + SCREEN_TILE);
+    const __m512 best = _mm512_load_ps(state), top = _mm512_max_ps(one, two);
+    const __m512 loser = _mm512_max_ps(_mm512_min_ps(one, two), _mm512_min_ps(best, top));
+    const __m512i here = _mm512_mask_set1_epi32(_mm512_set1_epi32(static_cast<int>(panel)), _mm512_cmp_ps_mask(two, one, _CMP_GT_OQ),
+                                                static_cast<int>(panel) + 1);
+    _mm512_store_ps(state, _mm512_max_ps(best, top));
+    _mm512_store_ps(state + LANES, _mm512_max_ps(_mm512_load_ps(state + LANES), loser));
+    _mm512_mask_store_epi32(state + 2 * LANES, _mm512_cmp_ps_mask(top, best, _CMP_GT_OQ), here);
+  }
+}
+
+Lead lead(const float* state) {
+  const __m512 best = _mm512_load_ps(state);
+  const float top = _mm512_reduce_max_ps(best);
+  const uint32_t leaders = _mm512_cmp_ps_mask(best, _mm512_set1_ps(top), _CMP_EQ_OQ);
+  const int lane = leaders ? __builtin_ctz(leaders) : 0;
+  const __m512 others = _mm512_mask_blend_ps(static_cast<__mmask16>(1 << lane), best, _mm512_load_ps(state + LANES));
+  const float second = _mm512_reduce_max_ps(_mm512_max_ps(others, _mm512_load_ps(state + LANES)));
+  return {top, second, reinterpret_cast<const int32_t*>(state + 2 * LANES)[lane] * static_cast<int32_t>(PANEL) + lane};
+}
+
+}  // namespace
+
+bool available() {
+  static const bool answer = [] {
+    uint32_t a, b, c, d, features;
+    if (!__builtin_cpu_supports("avx512f") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if ((d >> 22 & 1) == 0 || (d >> 24 & 1) == 0) return false;                                   // AMX-BF16, AMX-TILE
+    if (!__get_cpuid_count(7, 1, &features, &b, &c, &d) || (features >> 5 & 1) == 0) return false;  // AVX512-BF16
+    constexpr long request = 0x1023, tile_data = 18;                                              // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+  }();
+  return answer;
+}
+
+void pack_panel(const float* panel, int64_t dim, float* tiles) {
+  // A tile's row holds two dims of PANEL codes, those of a code side by side.
+  const __m512i low_half = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high_half = _mm512_add_epi32(low_half, _mm512_set1_epi32(8));
+  for (int64_t step = 0; step < screen_steps(dim); ++step, tiles += 2 * SCREEN_TILE)
+    for (int64_t pair = 0; pair < SCREEN_STEP / 2; ++pair) {
+      const int64_t d = step * SCREEN_STEP + 2 * pair;
+      const __m512 even = d < dim ? _mm512_loadu_ps(panel + d * PANEL) : _mm512_setzero_ps();
+      const __m512 odd = d + 1 < dim ? _mm512_loadu_ps(panel + (d + 1) * PANEL) : _mm512_setzero_ps();
+      split(_mm512_permutex2var_ps(even, low_half, odd), _mm512_permutex2var_ps(even, high_half, odd), tiles + pair * LANES,
+            tiles + SCREEN_TILE + pair * LANES);
+    }
+}
+
+void pack_rows(const float* x, int64_t count, int64_t dim, const float* mean, float* tiles, float* norms) {
+  const int64_t steps = screen_steps(dim), padded = (count + SCREEN_ROWS - 1) / SCREEN_ROWS * SCREEN_ROWS;
+  for (int64_t n = 0; n < padded; ++n) {
+    float* to = tiles + n / PANEL * 2 * steps * SCREEN_TILE + n % PANEL * LANES;
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t step = 0; step < steps; ++step, to += 2 * SCREEN_TILE) {
+      const int64_t d = step * SCREEN_STEP, left = n < count ? dim - d : 0;
+      const auto some = [&](int64_t from) {
+        const int64_t here = left - from < 0 ? 0 : left - from < LANES ? left - from : LANES;
+        const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
+        return _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + n * dim + d + from), _mm512_maskz_loadu_ps(mask, mean + d + from));
+      };
+      const __m512 first = some(0), second = some(LANES);
+      squares = _mm512_fmadd_ps(first, first, _mm512_fmadd_ps(second, second, squares));
+      split(first, second, to, to + SCREEN_TILE);
+    }
+    norms[n] = _mm512_cvtss_f32(_mm512_sqrt_ps(_mm512_set1_ps(_mm512_reduce_add_ps(squares))));
+  }
+}
+
+void scan(const float* rows, int64_t count, int64_t dim, const float* panels, const float* bias, int64_t first, int64_t last,
+          float* scratch, Lead* leads) {
+  alignas(64) float scores[2][4 * SCREEN_TILE];  // two, so that a pair of panels is scored while the last is looked at
+  const int64_t steps = screen_steps(dim), width = screen_floats(dim);
+  const int64_t block = CODE_BLOCK_FLOATS / (2 * width) * 2 > 2 ? CODE_BLOCK_FLOATS / (2 * width) * 2 : 2;
+  for (int64_t n = 0; n < count; ++n) {
+    _mm512_store_ps(scratch + n * 3 * LANES, _mm512_set1_ps(-__builtin_inff()));
+    _mm512_store_ps(scratch + n * 3 * LANES + LANES, _mm512_set1_ps(-__builtin_inff()));
+    _mm512_store_si512(scratch + n * 3 * LANES + 2 * LANES, _mm512_set1_epi32(static_cast<int>(first)));
+  }
+  configure();
+  for (int64_t start = first; start < last; start += block) {
+    const int64_t end = start + block < last ? start + block : last;
+    for (int64_t n = 0; n < count; n += SCREEN_ROWS)
+      for (int64_t panel = start; panel < end; panel += 2) {
+        float* found = scores[panel / 2 % 2];
+        score(rows + n / PANEL * width, panels + panel * width, bias + panel * PANEL, steps, found);
+        meet(found, panel, scratch + n * 3 * LANES);
+      }
+  }
+  _tile_release();
+  for (int64_t n = 0; n < count; ++n) leads[n] = lead(scratch + n * 3 * LANES);
+}
+
+}  // namespace amx
+}  // namespace tokenzoo
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#else
+
+namespace tokenzoo {
+namespace amx {
+
+bool available() { return false; }
+void pack_panel(const float*, int64_t, float*) {}
+void pack_rows(const float*, int64_t, int64_t, const float*, float*, float*) {}
+void scan(const float*, int64_t, int64_t, const float*, const float*, int64_t, int64_t, float*, Lead*) {}
+
+}  // namespace amx
+}  // namespace tokenzoo
+#endif

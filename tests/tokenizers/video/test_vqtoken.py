@@ -1,11 +1,12 @@
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokenzoo.tokenizers import ConfigError, TokensError
+from tokenzoo.tokenizers import ConfigError, DownloadError, TokensError
 from tokenzoo.tokenizers.video.vqtoken import PUBLISHED, VQToken, VQTokenConfig, elbow, tokdense
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "vqtoken.safetensors")
@@ -49,6 +50,30 @@ def test_a_clip_becomes_ids_a_codebook_and_tokens_and_decodes_to_features():
     assert tokens.unpack(tokens.pack()).equal(tokens)
 
 
+def test_attention_is_computed_in_double_precision():
+    """Ids as numbers make large queries, so that single precision is not enough at full size."""
+    tok = tiny(image_size=16 * 27, dim=64, clusters=32)
+    ids, codebook = torch.randint(32, (4, 729)), torch.nn.functional.normalize(torch.randn(32, 64), dim=-1)
+    with torch.no_grad():
+        tokens, single = tok.tokens_of(ids, codebook), tok.attention(ids, codebook)
+        exact = tok.attention.double()(ids, codebook.double())
+    assert torch.equal(tokens, exact.float())
+    assert not torch.equal(single, tokens)
+
+
+def test_length_is_the_number_of_clusters():
+    tok = tiny(clusters=10)
+    tokens = tok.encode([clip(4), clip(2, 1)], length=[6, 3])
+    assert tokens.extras["clusters"].tolist() == [6, 3]
+    assert [int(ids.max()) for ids in tokens.ids[:, 0]] == [5, 2]
+    assert not tokens.extras["tokens"][1, 3:].any()
+    for length in (0, 11):
+        with pytest.raises(TokensError, match="1 to 10 tokens"):
+            tok.encode(clip(), length=length)
+    with pytest.raises(TokensError, match="4 frames and 3 clusters"):
+        tok.encode(clip(), length=3)
+
+
 def test_the_seed_decides_and_the_number_of_threads_does_not():
     tok = tiny()
     features = torch.randn(4, 729, 64, generator=torch.Generator().manual_seed(0))
@@ -64,6 +89,19 @@ def test_the_seed_decides_and_the_number_of_threads_does_not():
         assert torch.equal(ids, found[0][0])
         assert torch.equal(codebook, found[0][1])
     assert not torch.equal(tok.group(features, seed=4)[0], found[0][0])
+
+
+def test_a_clip_gets_the_same_tokens_on_any_number_of_threads():
+    tok, threads = tiny(), torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(tok.encode([clip(4), clip(3, 1)]))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[1].equal(found[0])
+    assert found[2].equal(found[0])
 
 
 def test_adaptive_number_of_clusters_follows_the_clip():
@@ -109,13 +147,73 @@ def test_published_names_there_and_back():
     assert all(torch.equal(ours[k], state[k]) for k in state)
 
 
+def test_any_vision_transformer_of_timms_is_a_tower():
+    tok = VQToken.over("test_vit", pretrained=False, frames=4, clusters=6)
+    assert tok.config.image_size == tok.tower.pretrained_cfg["input_size"][-1]
+    assert (tok.config.projector, tok.config.tokens) == ("none", "centroid")
+    tokens = tok.encode(clip(3))
+    size = tok.config.image_size // 16
+    assert tok.decode(tokens)[0].shape == (3, size, size, tok.tower.num_features)
+    frames = torch.rand(2, 3, tok.config.image_size, tok.config.image_size)
+    mean, deviation = (torch.tensor(tok.tower.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        seen = tok.tower.forward_features((frames - mean) / deviation)[:, tok.tower.num_prefix_tokens :]
+        torch.testing.assert_close(tok.features(frames), seen)
+    for name in ("resnet18", "no_such_network"):
+        with pytest.raises(ConfigError, match="tower: expected a"):
+            VQToken.over(name, pretrained=False)
+        with pytest.raises(ConfigError, match="tower: expected a"):
+            tiny(tower=name)
+    with pytest.raises(ConfigError, match="of 64, the tower's width"):
+        tiny(projector="none", dim=32)
+
+
+def test_weights_of_a_tower_that_cannot_be_had_are_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(DownloadError, match="test_vit could not be had from the Hub"):
+        VQToken.over("test_vit")
+
+
+def test_the_published_towers_activation_is_not_timms():
+    tok = tiny(tower_activation="gelu_tanh")
+    x = torch.linspace(-3, 3, 50)
+    assert torch.equal(tok.tower.blocks[0].mlp.act(x), torch.nn.functional.gelu(x, approximate="tanh"))
+    assert not torch.equal(tiny(tower_activation="").tower.blocks[0].mlp.act(x), tok.tower.blocks[0].mlp.act(x))
+    assert VQTokenConfig().tower_activation == "gelu_tanh"
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_a_whitening_is_fitted_to_what_the_tower_sees(kind):
+    tok = tiny(projector="whitening", dim=12)
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.rand(4, 3, 3, 5, 5, generator=generator).repeat_interleave(16, 3).repeat_interleave(16, 4)
+    clips = (clips * 255).to(torch.uint8)
+    tok.initialise(clips if kind == torch.uint8 else clips.float() / 255, generator)
+    with torch.no_grad():
+        rows = torch.cat([tok.features(item.float() / 255) for item in clips]).flatten(0, 1)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(12), rtol=0, atol=1e-3)
+    torch.testing.assert_close(rows.T @ rows / len(rows), torch.eye(12), rtol=0, atol=1e-2)
+
+
+def test_features_train_through_the_codebook():
+    tok = tiny()
+    features = torch.randn(4, 25, 16, requires_grad=True)
+    ids, codebook = tok.group(features)
+    frozen = tok.group(features.detach())
+    assert torch.equal(ids, frozen[0])
+    torch.testing.assert_close(codebook, frozen[1])
+    codebook.square().sum().backward()
+    assert bool(features.grad.flatten(0, 1).any(1).all())
+
+
 def test_training_moves_the_attention_and_nothing_else():
     tok = tiny().train()
     batch = torch.stack([tok.media.read(clip(seed=s))[0] for s in range(2)])
     before = {k: v.clone() for k, v in tok.state_dict().items()}
-    optimizer = torch.optim.Adam([p for p in tok.parameters() if p.requires_grad], 1e-3)
+    optimizer = torch.optim.Adam([p for p in tok.parameters() if p.requires_grad], 1e-2)
     losses = []
-    for _ in range(15):
+    for _ in range(40):
         output = tok(batch, generator=torch.Generator().manual_seed(0))
         optimizer.zero_grad()
         output.loss.backward()
@@ -123,5 +221,25 @@ def test_training_moves_the_attention_and_nothing_else():
         losses.append(output.loss.item())
     assert losses[-1] < losses[0] - 0.05
     after = tok.state_dict()
-    assert all(torch.equal(after[k], before[k]) for k in before if k.startswith("tower."))
-    assert not torch.equal(after["attention.to_q_proj.weight"], before["attention.to_q_proj.weight"])
+    assert {k for k in before if not torch.equal(after[k], before[k])} == {k for k in before if k.startswith("attention.")}
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 3, 80, 80), (12, 3, 80, 80)])
+def test_masked_autoencoding_trains_the_tower_on_clips_and_on_pictures(shape):
+    tok = tiny(hidden=0.75, tokens="centroid").train()
+    coarse = torch.rand(12, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    batch = coarse.repeat_interleave(8, 2).repeat_interleave(8, 3).reshape(shape)
+    before = {k: v.clone() for k, v in tok.state_dict().items()}
+    optimizer = torch.optim.Adam([p for p in tok.parameters() if p.requires_grad], 1e-3)
+    losses = []
+    for step in range(60):
+        output = tok(batch, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.losses["hidden_patches"].item())
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    changed = {k for k, v in tok.state_dict().items() if not torch.equal(v, before[k])}
+    assert {"tower.blocks.0.attn.qkv.weight", "tower.patch_embed.proj.weight", "autoencoder.missing"} <= changed
+    assert not any(k.startswith(("projector", "newline")) for k in changed)
+    assert tok.eval().encode(clip()).ids.shape == (1, 1, 100)

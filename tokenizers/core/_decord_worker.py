@@ -56,7 +56,14 @@ def _answer(reader: Any, indices: list[int], out: BinaryIO) -> None:
             at += 1
             if at % _BEAT == 0:
                 send(out, {})
-        send(out, {"frame": np.ascontiguousarray(frame.asnumpy()[..., :3])})  # rotated frames come with an alpha channel
+        send(out, {"frame": _pixels(frame.asnumpy())})
+
+
+def _pixels(frame: np.ndarray) -> np.ndarray:
+    """The picture `(H, W, 3)`; decord takes the padding of rows, where it divides evenly by the width, for more channels."""
+    height, width, channels = frame.shape
+    rows = np.ascontiguousarray(frame).reshape(height, width * channels)
+    return np.ascontiguousarray(rows[:, : 3 * width]).reshape(height, width, 3)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,14 @@ def test_odd_sizes_and_both_backends_give_the_same_pixels(backend):
     assert np.array_equal(frames, read_video(data, backend="av").frames)
 
 
+@pytest.mark.parametrize("width", [8, 16, 32, 48, 96, 144, 160])
+def test_widths_at_which_decord_pads_rows_by_whole_channels(width):
+    data = encode(3, height=24, width=width)
+    frames = read_video(data, backend="decord").frames
+    assert frames.shape == (3, 24, width, 3)
+    assert np.array_equal(frames, read_video(data, backend="av").frames)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "flags"), [("clip.mp4", {}), ("clip.mkv", {}), ("fast.mp4", {"movflags": "faststart"})])
 def test_truncated_files_are_refused(name, flags, backend, clip, tmp_path):

@@ -45,6 +45,8 @@ constexpr int MOST_ROWS = 64;                    // of a tile
 constexpr int64_t SCALAR_ROWS = 4096;            // rows of scalar quantization that are worth a thread
 constexpr int64_t SPARE_FLOATS = 256 << 10;      // scratch that a thread keeps: the largest piece, and how many
 constexpr size_t MOST_SPARES = 6;
+constexpr int64_t SUM_GROUPS = 8;                // of rows, that are summed up apart, and how many rows a code they need
+constexpr int64_t ROWS_A_CODE = 4;
 constexpr double MOST_NORM = 1e18;               // of an entry, beyond which scores might overflow
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
@@ -68,10 +70,12 @@ const SearchTable& search() {
   return *chosen;
 }
 
-bool screening(int64_t dim) {
-  static const bool possible = wanted_isa() == "amx" && amx::available();
-  return possible && dim >= SCREEN_WIDTH;
+bool has_screen() {
+  static const bool answer = wanted_isa() == "amx" && amx::available();
+  return answer;
 }
+
+bool screening(int64_t dim) { return dim >= SCREEN_WIDTH && has_screen(); }
 
 // Packed rows of a thread: they share its L2 with the codes.
 int64_t row_block_bytes() {
@@ -305,7 +309,11 @@ struct Screen {
         lead.second = second;
       }
       const float least = lead.best - 2 * wrong * (1.001f * (norms[n] + 1e-15f) * reach + reach * reach / 2) - 1e-30f;
-      ids[n] = lead.second < least ? lead.code : compare(x + n * dim, packed, parts, n, least, row.get());
+      if (lead.second < least) {
+        ids[n] = lead.code;
+      } else {
+        ids[n] = packed.panels <= FEW_PANELS ? -1 : compare(x + n * dim, packed, parts, n, least, row.get());
+      }
       if (ids[n] < 0) open.push_back(n);
     }
     return open;
@@ -498,6 +506,43 @@ std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& ids, int64_t
   return {counts, sums};
 }
 
+// Ids, and code_sums of them. Where there are many rows for every code, a block of rows is summed up while it is in the cache:
+// by groups of rows, whose number does not depend on the threads.
+std::tuple<Tensor, Tensor, Tensor> assign(const Tensor& x, const Tensor& packed, int64_t size) {
+  const int64_t count = x.size(0), width = x.size(1);
+  if (count < SUM_GROUPS * ROWS_A_CODE * size) {
+    Tensor ids = nearest(x, packed, size);
+    const auto [counts, sums] = code_sums(x, ids, size);
+    return {ids, counts, sums};
+  }
+  const Packed codes = view(packed, size, width);
+  Tensor ids = make(x, {count}, ScalarType::Long), counts = make(x, {size}, ScalarType::Float);
+  Tensor sums = make(x, {size, width}, ScalarType::Float);
+  int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
+  Buffer totals = buffer(SUM_GROUPS * size * width);
+  std::vector<int64_t> numbers(SUM_GROUPS * size);
+  Luck luck;
+  const int64_t step = rows_per_block(count, width);
+  parallel(SUM_GROUPS, [&](int64_t group) {
+    const int64_t end = count * (group + 1) / SUM_GROUPS;
+    float* total = totals.get() + group * size * width;
+    std::fill_n(total, size * width, 0.f);
+    for (int64_t first = count * group / SUM_GROUPS; first < end; first += step) {
+      const int64_t rows = std::min(step, end - first);
+      search_block(floats(x) + first * width, rows, codes, id + first, luck);
+      search().sum_codes(floats(x) + first * width, id + first, rows, width, 0, size, numbers.data() + group * size, total);
+    }
+  });
+  float *number = static_cast<float*>(counts.mutable_data_ptr()), *sum = static_cast<float*>(sums.mutable_data_ptr());
+  for (int64_t group = 0; group < SUM_GROUPS; ++group) {
+    const float* total = totals.get() + group * size * width;
+    for (int64_t i = 0; i < size * width; ++i) sum[i] = group ? sum[i] + total[i] : total[i];
+    for (int64_t k = 0; k < size; ++k) numbers[k] += group ? numbers[group * size + k] : 0;
+  }
+  std::copy_n(numbers.begin(), size, number);
+  return {ids, counts, sums};
+}
+
 // Ids, entries and loss. Squared errors are added up by blocks of fixed size, so that the order of the summation does not
 // depend on the threads.
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Tensor& packed, const Tensor& codebook) {
@@ -604,17 +649,20 @@ STABLE_TORCH_LIBRARY(tokenzoo_native, m) {
   m.def("pack(Tensor codebook, bool dot) -> Tensor");
   m.def("nearest(Tensor x, Tensor packed, int size) -> Tensor");
   m.def("quantize(Tensor x, Tensor packed, Tensor codebook) -> (Tensor, Tensor, Tensor)");
+  m.def("assign(Tensor x, Tensor packed, int size) -> (Tensor, Tensor, Tensor)");
   m.def("code_sums(Tensor x, Tensor ids, int size) -> (Tensor, Tensor)");
   m.def("residual_quantize(Tensor x, Tensor[] packed, Tensor codebooks) -> (Tensor, Tensor)");
   m.def("fsq(Tensor x, Tensor thresholds, Tensor scale, Tensor shift, Tensor basis) -> (Tensor, Tensor)");
   m.def("lfq(Tensor x, float scale) -> (Tensor, Tensor)");
   m.def("instruction_set() -> int");
+  m.def("has_screen() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tokenzoo_native, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("nearest", TORCH_BOX(&nearest));
   m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("assign", TORCH_BOX(&assign));
   m.impl("code_sums", TORCH_BOX(&code_sums));
   m.impl("residual_quantize", TORCH_BOX(&residual_quantize));
   m.impl("fsq", TORCH_BOX(&fsq));
@@ -623,6 +671,7 @@ STABLE_TORCH_LIBRARY_IMPL(tokenzoo_native, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(tokenzoo_native, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("has_screen", TORCH_BOX(&has_screen));
 }
 
 }  // namespace tokenzoo

@@ -23,6 +23,7 @@ namespace amx {
 namespace {
 
 constexpr int64_t LANES = 16;
+constexpr int64_t AHEAD = 2048;                   // floats: how far in front rows are fetched
 constexpr int64_t CODE_BLOCK_FLOATS = 128 << 10;  // codes that stay in L2 while all rows pass over them
 
 // Tiles 0 to 3 are sums, [row tile][panel]; 4 and 5 rows, 6 and 7 codes. All are 16 rows of 64 bytes.
@@ -144,12 +145,22 @@ void pack_rows(const float* x, int64_t count, int64_t dim, const float* mean, fl
     __m512 squares = _mm512_setzero_ps();
     for (int64_t step = 0; step < steps; ++step, to += 2 * SCREEN_TILE) {
       const int64_t d = step * SCREEN_STEP, left = n < count ? dim - d : 0;
-      const auto some = [&](int64_t from) {
-        const int64_t here = left - from < 0 ? 0 : left - from < LANES ? left - from : LANES;
-        const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
-        return _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + n * dim + d + from), _mm512_maskz_loadu_ps(mask, mean + d + from));
-      };
-      const __m512 first = some(0), second = some(LANES);
+      const float* from = x + n * dim + d;
+      __m512 first, second;
+      if (left >= SCREEN_STEP) {
+        _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD + LANES), _MM_HINT_T0);
+        first = _mm512_sub_ps(_mm512_loadu_ps(from), _mm512_loadu_ps(mean + d));
+        second = _mm512_sub_ps(_mm512_loadu_ps(from + LANES), _mm512_loadu_ps(mean + d + LANES));
+      } else {
+        const auto some = [&](int64_t skip) {
+          const int64_t here = left < skip ? 0 : left - skip < LANES ? left - skip : LANES;
+          const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
+          return _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, from + skip), _mm512_maskz_loadu_ps(mask, mean + d + skip));
+        };
+        first = some(0);
+        second = some(LANES);
+      }
       squares = _mm512_fmadd_ps(first, first, _mm512_fmadd_ps(second, second, squares));
       split(first, second, to, to + SCREEN_TILE);
     }

@@ -1,7 +1,7 @@
 """Which implementation answers: compiled C++ on the CPU, Triton on CUDA, and plain PyTorch wherever those cannot be had.
 
 The three have the same functions (`_reference` says what they compute): `pack` turns entries into the form that the others
-search, which `PackCache` may keep; then `nearest`, `quantize`, `residual_quantize`, `code_sums`, `fsq` and `lfq`.
+search, which `PackCache` may keep; then `nearest`, `quantize`, `residual_quantize`, `assign`, `code_sums`, `fsq` and `lfq`.
 """
 
 import functools

@@ -36,6 +36,7 @@ _OPERATORS = (
     "nearest",
     "quantize",
     "residual_quantize",
+    "assign",
     "code_sums",
     "fsq",
     "lfq",
@@ -71,12 +72,14 @@ def library() -> Any | None:
                 _settle("PyTorch fallback: no C++ compiler was found (set CXX, or install g++ or clang++)", logging.WARNING)
                 return None
             torch.ops.load_library(str(path))
-        bits = torch.ops.tokenzoo_native.instruction_set()
+        vectors = f"{torch.ops.tokenzoo_native.instruction_set()}-bit vectors"
+        if torch.ops.tokenzoo_native.has_screen():
+            vectors += ", AMX"
     except (OSError, RuntimeError, Timeout, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         _settle(f"PyTorch fallback: compiling the kernels failed: {reason.strip()[:500]}", logging.WARNING)
         return None
-    _settle(f"native C++ kernels ({bits}-bit vectors)", logging.INFO)
+    _settle(f"native C++ kernels ({vectors})", logging.INFO)
     # Calling the overload itself saves a microsecond of choosing it.
     return SimpleNamespace(**{name: getattr(torch.ops.tokenzoo_native, name).default for name in _OPERATORS})
 

@@ -126,6 +126,12 @@ def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return counts.to(x.dtype), sums
 
 
+def assign(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids `(N,)` and their `code_sums`."""
+    ids = nearest(x, packed, size)
+    return ids, *code_sums(x, ids, size)
+
+
 def residual_quantize(x: Tensor, packed: Sequence[tuple[Tensor, Tensor]], entries: Tensor) -> tuple[Tensor, Tensor]:
     """Ids `(N, Q)` and summed entries `(N, D)` of Q stages, each of which quantizes what those before it left over."""
     residual, total, ids = x, torch.zeros_like(x), []

@@ -17,7 +17,7 @@ from torch.library import triton_op, wrap_triton
 from tokenzoo.kernels import _reference
 from tokenzoo.kernels._triton_scalar import fsq, lfq
 
-__all__ = ["code_sums", "fsq", "lfq", "nearest", "pack", "quantize", "residual_quantize"]
+__all__ = ["assign", "code_sums", "fsq", "lfq", "nearest", "pack", "quantize", "residual_quantize"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FEW_ROWS, _MANY_ROWS = 256, 16384
@@ -277,6 +277,12 @@ def residual_quantize(x: Tensor, packed: Sequence[tuple[Tensor, Tensor, Tensor]]
         return torch.empty(len(x), 0, dtype=torch.long, device=x.device), torch.zeros_like(x)
     means, codes, biases = (torch.stack(parts) for parts in zip(*packed, strict=True))
     return search_stages(x, means, codes, biases, entries)
+
+
+def assign(x: Tensor, packed: tuple[Tensor, Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_reference.assign`."""
+    ids = nearest(x, packed, size)
+    return ids, *code_sums(x, ids, size)
 
 
 def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:

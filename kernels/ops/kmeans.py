@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenzoo.kernels.nearest import nearest
-from tokenzoo.kernels.quantize import code_sums
+from tokenzoo.kernels._backend import backend_for
+from tokenzoo.kernels.nearest import nearest, pack
 
 
 class Clusters(NamedTuple):
@@ -56,7 +56,7 @@ def kmeans(
     means = _seed(rows, size, generator) if initial is None else initial.detach().to(rows)
     centroids = F.normalize(means, dim=-1) if spherical else means
     for _ in range(iterations):
-        before, means = means, _update(rows, nearest(rows, centroids), means, keep_empty)
+        before, means = means, _update(rows, centroids, means, keep_empty)
         centroids = F.normalize(means, dim=-1) if spherical else means
         if float(torch.linalg.vector_norm(means - before)) <= tolerance:
             break
@@ -77,9 +77,11 @@ def _seed(rows: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
     return torch.cat(chosen)
 
 
-def _update(rows: Tensor, ids: Tensor, centroids: Tensor, keep_empty: bool) -> Tensor:
-    counts, sums = code_sums(rows, ids, len(centroids))
-    moved = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), centroids)
+def _update(rows: Tensor, centroids: Tensor, means: Tensor, keep_empty: bool) -> Tensor:
+    backend = backend_for(rows)
+    _, packed = pack(centroids, "l2", backend)
+    ids, counts, sums = backend.assign(rows, packed, len(centroids))
+    moved = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), means)
     empty = (counts == 0).nonzero()[:, 0]
     if len(empty) and not keep_empty:
         far = (rows - moved[ids]).square().sum(1).topk(min(len(empty), len(rows))).indices

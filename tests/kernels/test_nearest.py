@@ -170,13 +170,15 @@ print(_native.status())
         ({"CXX": "false"}, "compiling the kernels failed"),
         ({"TOKENZOO_ISA": "portable"}, "128-bit"),
         ({"TOKENZOO_ISA": "avx2"}, "256-bit"),
+        ({"TOKENZOO_ISA": "avx512"}, "512-bit"),
     ],
 )
 def test_every_lane_gives_the_same_ids(environment, answer, tmp_path):
     if "bit" in answer:
         from tokenzoo.kernels import _native
 
-        if _native.library() is None or ("256" in answer and "avx2" not in _cpu_flags()):
+        wanted = environment["TOKENZOO_ISA"]
+        if _native.library() is None or (wanted != "portable" and wanted not in _cpu_flags()):
             pytest.skip(f"not on this machine: {_native.status()}")
     else:
         environment = {**environment, "TOKENZOO_CACHE": str(tmp_path)}
@@ -188,7 +190,48 @@ def test_every_lane_gives_the_same_ids(environment, answer, tmp_path):
 
 
 def _cpu_flags():
-    return torch.backends.cpu.get_cpu_capability().lower().replace("avx512", "avx2")
+    return torch.backends.cpu.get_cpu_capability().lower().replace("avx512", "avx2 avx512")
+
+
+HARD = """
+import sys
+import torch
+from tokenzoo.kernels import kmeans, nearest, residual_quantize
+torch.manual_seed(0)
+found = []
+for size, dim in ((1, 40), (2, 33), (17, 64), (33, 100), (300, 32), (600, 256), (70, 896)):
+    codes, rows = torch.randn(size, dim), torch.randn(200, dim)
+    between = (codes[torch.randint(size, (200,))] + codes[torch.randint(size, (200,))]) / 2
+    near = codes[torch.randint(size, (200,))] * (1 + 1e-6 * torch.randn(200, 1))
+    broken = rows.clone()
+    broken[3, 5], broken[70, 0], broken[100, -1] = float("nan"), float("inf"), -float("inf")
+    twice = torch.cat([codes, codes])
+    odd = codes.clone()
+    odd[size // 2] = float("nan")
+    for x in (rows, between, near, broken, rows + 1000, 30 * rows):
+        for c in (codes, twice, odd, codes + 1e-5 * torch.randn(size, dim), torch.zeros(size, dim), codes + 1000):
+            found.append(nearest(x, c))
+            found.append(nearest(x, c, metric="cosine"))
+    for scale in (1e-38, 1e-30, 1e-20, 1e15, 1e18, 1e19, 3e38):
+        found += [nearest(rows * scale, codes * scale), nearest(rows, codes * scale), nearest(rows * scale, codes)]
+    found.append(nearest(rows[:20], codes))
+    found.append(residual_quantize(rows, torch.stack([codes, codes / 2, codes / 4])).ids.flatten())
+found.append(nearest(torch.randn(100, 64), torch.randn(40000, 64)))
+found.append(kmeans(torch.randn(3000, 40), 20, generator=torch.Generator().manual_seed(0)).ids)
+torch.save(found, sys.argv[1])
+"""
+
+
+def test_the_screen_finds_what_the_full_search_finds(tmp_path):
+    from tokenzoo.kernels import _native
+
+    if "AMX" not in _native.status():
+        pytest.skip(f"not on this machine: {_native.status()}")
+    for name in ("amx", "avx512"):
+        environment = {**os.environ, "TOKENZOO_ISA": name}
+        subprocess.run([sys.executable, "-c", HARD, str(tmp_path / name)], env=environment, check=True)
+    screened, full = (torch.load(tmp_path / name, weights_only=True) for name in ("amx", "avx512"))
+    assert [i for i, (one, other) in enumerate(zip(screened, full, strict=True)) if not torch.equal(one, other)] == []
 
 
 def test_two_processes_compile_at_once(tmp_path):

@@ -27,8 +27,11 @@ class Snake(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, T]` to `[B, C, T]`."""
-        waves = (self.alpha * x).sin_() if not torch.is_grad_enabled() else (self.alpha * x).sin()
-        return torch.addcmul(x, waves.square(), (self.alpha + 1e-9).reciprocal())
+        scale = (self.alpha + 1e-9).reciprocal()
+        if torch.is_grad_enabled():
+            return torch.addcmul(x, (self.alpha * x).sin().square(), scale)
+        waves = (self.alpha * x).sin_().square_()
+        return torch.addcmul(x, waves, scale, out=waves)
 
 
 class LocalAttention(Streamed):

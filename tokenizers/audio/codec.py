@@ -20,7 +20,7 @@ from tokenzoo.tokenizers.spec import Modality
 from tokenzoo.tokenizers.waveforms import Audio
 
 _ROUNDING = 1e-9
-_PIECES_TOGETHER = 30
+_FRAMES_TOGETHER = 1000
 
 
 class Codec(Tokenizer):
@@ -109,8 +109,8 @@ class Codec(Tokenizer):
 
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
         del seed
-        latents = self._latents(batch)
-        return self._codes(torch.cat([self.quantizer.ids(part.mT, length).mT for part in _gathered(latents)], -1))
+        parts = (self.quantizer.ids(part.mT, length).mT for part in _gathered(self._latents(batch)))
+        return self._codes(parts, -(-batch.shape[-1] // self.hop), length)
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         del extras
@@ -144,21 +144,15 @@ class Codec(Tokenizer):
 
     def _collect(self, parts: Iterable[Tensor], num_frames: int) -> Tensor:
         """The parts of a waveform one after the other, `[B, C, T * hop]`, with zeros where they do not reach so far."""
-        whole, at = None, 0
-        for part in parts:
-            if whole is None:
-                whole = part.new_zeros(*part.shape[:2], num_frames * self.hop)
-            whole[..., at : at + part.shape[-1]] = part
-            at += part.shape[-1]
-        assert whole is not None, "there is at least one token per item"
-        return whole
+        return _joined(parts, self.channels, num_frames * self.hop)
 
-    def _codes(self, ids: Tensor, extras: Mapping[str, Tensor] | None = None) -> Codes:
-        """Codes of ids `[B, K', T]` of the first K' codebooks."""
-        batch, used, num_frames = ids.shape
-        unused = len(self._describe()["codebook_sizes"]) - used
-        lengths = torch.tensor([num_frames] * used + [0] * unused, device=ids.device).expand(batch, -1)
-        return Codes(F.pad(ids, (0, 0, 0, unused)), lengths, extras or {})
+    def _codes(self, parts: Iterable[Tensor], num_frames: int, length: int | None = None) -> Codes:
+        """Codes of the first `length` codebooks (all by default), whose ids `[B, K', ...]` come in parts of T frames."""
+        num_codebooks = len(self._describe()["codebook_sizes"])
+        ids = _joined(parts, num_codebooks, num_frames)
+        used = num_codebooks if length is None else length
+        lengths = torch.tensor([num_frames] * used + [0] * (num_codebooks - used), device=ids.device)
+        return Codes(ids, lengths.expand(len(ids), -1))
 
     @staticmethod
     def _used(lengths: Tensor) -> int:
@@ -215,16 +209,38 @@ class Codec(Tokenizer):
         return Stream(self, None if budgets is None else budgets[0])
 
 
-def _gathered(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Parts `[B, D, T]` joined in groups, since quantizers prepare their codebooks at every call."""
-    waiting: list[Tensor] = []
+def _joined(parts: Iterable[Tensor], rows: int, steps: int) -> Tensor:
+    """Parts `[B, R', T']` one after the other as `[B, R, T]`, zeros where they do not reach; no part is kept."""
+    whole, at = None, 0
     for part in parts:
-        waiting.append(part)
-        if len(waiting) == _PIECES_TOGETHER:
-            yield torch.cat(waiting, -1)
-            waiting = []
-    if waiting:
-        yield torch.cat(waiting, -1)
+        if whole is None:
+            whole = part.new_zeros(len(part), rows, steps)
+        whole[:, : part.shape[1], at : at + part.shape[-1]] = part
+        at += part.shape[-1]
+    assert whole is not None, "no item is empty"
+    return whole
+
+
+def _gathered(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Parts `[B, D, T]` joined in groups, since quantizers read all of their codebooks at every call.
+
+    All groups are in one buffer, step by step in memory: each is used up before the next is asked for.
+    """
+    group, size = None, 0
+    for part in parts:
+        batch, dim, steps = part.shape
+        if size and size + steps > _FRAMES_TOGETHER:
+            yield group[..., :size]
+            size = 0
+        if steps >= _FRAMES_TOGETHER:
+            yield part
+            continue
+        if group is None:
+            group = part.new_empty(batch, _FRAMES_TOGETHER, dim).mT
+        group[..., size : size + steps] = part
+        size += steps
+    if size:
+        yield group[..., :size]
 
 
 class Stream:

@@ -15,7 +15,7 @@ Shapes: B batch, C channels, S samples, D width of the latents, T frames, K code
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -181,13 +181,15 @@ class Encodec(Codec):
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
         if self.segments is None:
             return super()._encode(batch, length=length, seed=seed)
-        ids, scales, at = [], [], 0
-        for size in self.segments.lengths(batch.shape[-1]):
-            segment = batch[..., at : at + size]
-            scales.append(_loudness(segment))
-            ids.append(self.quantizer.ids(self.encoder(segment / scales[-1]).mT, length).mT)
-            at += self.config.segment_stride
-        return self._codes(torch.cat(ids, -1), {"scales": torch.cat(scales, -1)[:, 0].float()})
+        stride, samples = self.config.segment_stride, batch.shape[-1]
+        segments = [batch[..., i * stride :][..., :size] for i, size in enumerate(self.segments.lengths(samples))]
+        scales = [_loudness(segment) for segment in segments]
+        parts = (
+            self.quantizer.ids(self.encoder(segment / scale).mT, length).mT
+            for segment, scale in zip(segments, scales, strict=True)
+        )
+        codes = self._codes(parts, sum(self.segments.frames(samples)), length)
+        return codes._replace(extras={"scales": torch.cat(scales, -1)[:, 0].float()})
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         if self.segments is None:
@@ -200,8 +202,8 @@ class Encodec(Codec):
             raise TokensError(
                 f"expected extras['scales'] of shape ({len(ids)}, {len(frames)}), a loudness per segment, got {got}"
             )
-        parts = [part * scales[:, i, None, None] for i, part in enumerate(self._segments_of(ids, frames))]
-        return _fade(parts, self.config.segment_stride)
+        parts = (part * scales[:, i, None, None] for i, part in enumerate(self._segments_of(ids, frames)))
+        return _fade(parts, [count * self.hop for count in frames], self.config.segment_stride)
 
     def _segments_of(self, ids: Tensor, frames: list[int]) -> Iterator[Tensor]:
         for part in ids.split(frames, -1):
@@ -223,15 +225,29 @@ def _loudness(segment: Tensor) -> Tensor:
     return segment.mean(1, keepdim=True).square().mean(-1, keepdim=True).sqrt() + 1e-8
 
 
-def _fade(segments: Sequence[Tensor], stride: int) -> Tensor:
-    """Segments `[B, C, S]` that begin `stride` samples apart as one signal, weighted by triangles where they overlap."""
-    length = segments[0].shape[-1]
-    time = torch.linspace(0, 1, length + 2, device=segments[0].device)[1:-1]
+def _fade(segments: Iterable[Tensor], lengths: Sequence[int], stride: int) -> Tensor:
+    """Segments `[B, C, S]` that begin `stride` samples apart as one signal, weighted by triangles where they overlap.
+
+    Args:
+        segments: One after the other.
+        lengths: Samples of each; no more than two of them overlap anywhere.
+        stride: In samples.
+    """
+    total = max(i * stride + length for i, length in enumerate(lengths))
+    time = torch.linspace(0, 1, lengths[0] + 2)[1:-1]
     weight = 0.5 - (time - 0.5).abs()
-    total = max(i * stride + segment.shape[-1] for i, segment in enumerate(segments))
-    mixed, weights = segments[0].new_zeros(*segments[0].shape[:2], total), weight.new_zeros(total)
+    mixed = None
     for i, segment in enumerate(segments):
-        where = slice(i * stride, i * stride + segment.shape[-1])
-        mixed[..., where] += weight[: segment.shape[-1]] * segment
-        weights[where] += weight[: segment.shape[-1]]
-    return mixed.div_(weights)
+        if mixed is None:
+            mixed, weight = segment.new_zeros(*segment.shape[:2], total), weight.to(segment.device)
+        start, stop = i * stride, (i + 1) * stride if i + 1 < len(lengths) else total
+        mixed[..., start : start + lengths[i]] += weight[: lengths[i]] * segment
+        together = weight.new_zeros(stop - start)  # of this segment and the one before, where no other follows
+        if i:
+            before = weight[stride : lengths[i - 1]]
+            together[: len(before)] += before
+        here = weight[: min(lengths[i], stop - start)]
+        together[: len(here)] += here
+        mixed[..., start:stop] /= together
+    assert mixed is not None, "there is at least one segment"
+    return mixed

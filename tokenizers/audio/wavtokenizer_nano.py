@@ -195,17 +195,18 @@ class WavTokenizerNano(Codec):
 
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
         del length, seed
-        padded = self._padded(self._fill(batch))
-        reach, margin = self.context.reach, 2 * self.features.margin
-        found = []
-        for start, stop, low, high in self._pieces(-(-batch.shape[-1] // self.hop), reach):
-            latents = self.latents(self.features(padded[:, low * self.hop : high * self.hop + margin]))
-            found.append(self.quantizer.ids(latents[:, start - low : stop - low]))
-        return self._codes(torch.cat(found, 1)[:, None])
+        num_frames = -(-batch.shape[-1] // self.hop)
+        parts = (
+            self.quantizer.ids(self.latents(self.features(self._heard(batch, low, high)))[:, None, start - low : stop - low])
+            for start, stop, low, high in self._pieces(num_frames, self.context.reach)
+        )
+        return self._codes(parts, num_frames)
 
-    def _padded(self, batch: Tensor) -> Tensor:
-        """`[B, 1, S]` to `[B, S + 2 * margin]`."""
-        return F.pad(batch[:, 0], (self.features.margin, self.features.margin))
+    def _heard(self, batch: Tensor, low: int, high: int) -> Tensor:
+        """The samples `[B, S']` of `[B, 1, S]` that features of frames [low, high) depend on, zeros beyond both ends."""
+        first, last = low * self.hop - self.features.margin, high * self.hop + self.features.margin
+        inside = batch[:, 0, max(0, first) : last]
+        return F.pad(inside, (max(0, -first), max(0, last - batch.shape[-1])))
 
     def latents(self, features: Tensor) -> Tensor:
         """`[B, T, I]` to `[B, T, D]`: principal components, and what the network makes of their context."""
@@ -265,7 +266,8 @@ class WavTokenizerNano(Codec):
     def initialise(self, clips: Tensor, generator: torch.Generator) -> None:
         """Estimates statistics, principal components, the codebook and mean spectra from clips `[N, 1, S]`."""
         del generator
-        raw = torch.cat([self.features.raw(self._padded(self._fill(part))) for part in clips.split(64)]).flatten(0, 1)
+        num_frames = -(-clips.shape[-1] // self.hop)
+        raw = torch.cat([self.features.raw(self._heard(part, 0, num_frames)) for part in clips.split(64)]).flatten(0, 1)
         self.features.mean.copy_(raw.mean(0))
         # One scale for each kind of feature, so that neither bands nor candidates that hardly vary are blown up.
         bands = self.config.mel_bands
@@ -289,8 +291,7 @@ class WavTokenizerNano(Codec):
         The pulses have the pitch that is found in the original; what the decoder predicts is heard only in `decode`.
         """
         del progress, generator
-        filled = self._fill(batch)
-        features = self.features(self._padded(filled))
+        features = self.features(self._heard(batch, 0, -(-batch.shape[-1] // self.hop)))
         found: Quantized = self.quantizer(self.latents(features))
         controls = self.controls(found.vectors)
         strengths = self.features.strengths(features)

@@ -502,7 +502,10 @@ def _bit_entropy(high: Tensor, low: Tensor) -> Tensor:
 
 
 class _Stacks:
-    """Parameters of all stages stacked for the kernels, kept until one of them changes."""
+    """Parameters of all stages stacked for the kernels, kept until one of them changes.
+
+    What is kept is not held twice: the parameters become views of their stack.
+    """
 
     def __init__(self) -> None:
         self.clear()
@@ -515,17 +518,24 @@ class _Stacks:
 
     def get(self, keep: bool, sources: list[list[Tensor]]) -> list[Tensor]:
         """Each list of tensors as one, float32."""
-        flat = [tensor.detach() for group in sources for tensor in group]
+        flat = [tensor for group in sources for tensor in group]
         if not keep or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in flat):
             return [torch.stack([tensor.detach().float() for tensor in group]) for group in sources]
-        key = [(tensor.data_ptr(), tensor._version, tensor.device) for tensor in flat]
-        held = self._held
-        if held is None or held[0] != key:
+        if self._held is None or self._held[0] != _state_of(flat):
             with torch.inference_mode(False), torch.no_grad():
                 stacked = [torch.stack([tensor.detach().float() for tensor in group]) for group in sources]
+                for group, stack in zip(sources, stacked, strict=True):
+                    for tensor, view in zip(group, stack, strict=True):
+                        if tensor.dtype == view.dtype:
+                            tensor.data = view
             # The sources are kept alive, so that an address cannot become another tensor's.
-            held = self._held = (key, stacked, flat)
-        return held[1]
+            self._held = (_state_of(flat), stacked, [tensor.detach() for tensor in flat])
+        return self._held[1]
+
+
+def _state_of(tensors: list[Tensor]) -> list[tuple[int, int, torch.device]]:
+    """What changes when a tensor is written to, moved or exchanged."""
+    return [(tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors]
 
 
 def _kept_stages(x: Tensor, num_stages: int, dropout: float) -> Tensor:

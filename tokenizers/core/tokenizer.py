@@ -25,6 +25,7 @@ from tokenzoo.tokenizers.spec import Modality, TokenSpec
 from tokenzoo.tokenizers.tokens import Tokens, pad_and_cat
 
 ACCELERATOR_BATCH = 16
+_DIGEST_BLOCK = 1 << 20  # values at a time: weights that lie in another order are copied to be read
 
 
 class Codes(NamedTuple):
@@ -442,9 +443,11 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over sorted names, shapes, dtypes and values, its first 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name].detach().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        rows = torch.atleast_1d(tensor)
+        for part in rows.split(max(1, _DIGEST_BLOCK * len(rows) // max(1, rows.numel()))):
+            digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -78,6 +78,8 @@ class Tokens:
         chosen = [i % len(self) for i in chosen]
         lengths = self.lengths[chosen]
         longest = int(lengths.max()) if lengths.numel() else 0
+        if chosen == list(range(len(self))) and longest == self.ids.shape[2]:
+            return self
         extras = {name: extra[chosen] for name, extra in self.extras.items()}
         return dataclasses.replace(
             self, ids=self.ids[chosen, :, :longest], lengths=lengths, extras=extras, meta=tuple(self.meta[i] for i in chosen)

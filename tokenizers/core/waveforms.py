@@ -24,6 +24,7 @@ from tokenzoo.tokenizers.errors import MediaError
 _MOST_CHANNELS = 8
 _LOUDEST = 4.0  # 12 dB above full scale: decoded MP3s and float files overshoot; integers given as floats are far beyond
 _LARGEST_FILTER = 1 << 26
+_RESAMPLED_AT_ONCE = 1 << 22
 _FULL_SCALE = {np.dtype(np.int16): 2**15, np.dtype(np.int32): 2**31}
 
 
@@ -83,7 +84,7 @@ class Audio:
             waveform = mix(waveform, 1)
         if "samples" not in meta or int(meta["sample_rate"]) == self.sample_rate:
             return waveform
-        return resample(waveform, self.sample_rate, int(meta["sample_rate"]))[:, : int(meta["samples"])].clamp(-1, 1)
+        return resample(waveform, self.sample_rate, int(meta["sample_rate"]))[:, : int(meta["samples"])].clamp_(-1, 1)
 
 
 def read_audio(item: Any) -> tuple[Tensor, int | None]:
@@ -141,7 +142,22 @@ def resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
             f"resampling from {rate} Hz to {wanted} Hz needs {wanted // common} filters of {rate // common} taps: resample "
             "this recording to a common rate, such as 48000 Hz, first"
         )
-    return torchaudio.functional.resample(waveform, rate, wanted)
+    if waveform.shape[1] <= _RESAMPLED_AT_ONCE:
+        return torchaudio.functional.resample(waveform, rate, wanted)
+    return _resample_pieces(waveform, rate // common, wanted // common)
+
+
+def _resample_pieces(waveform: Tensor, rate: int, wanted: int) -> Tensor:
+    """`resample` in bounded memory, for rates without common divisor; each piece hears what its filters reach."""
+    convert = torchaudio.transforms.Resample(rate, wanted)
+    step, context = (-(-count // rate) * rate for count in (_RESAMPLED_AT_ONCE, convert.width + rate))
+    resampled = waveform.new_empty(len(waveform), resampled_length(waveform.shape[1], rate, wanted))
+    for at in range(0, waveform.shape[1], step):
+        low = max(0, at - context)
+        piece = convert(waveform[:, low : at + step + context])[:, (at - low) // rate * wanted :]
+        place = resampled[:, at // rate * wanted : (at + step) // rate * wanted]
+        place.copy_(piece[:, : place.shape[1]])
+    return resampled
 
 
 def resampled_length(samples: int, rate: int, wanted: int) -> int:

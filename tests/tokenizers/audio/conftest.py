@@ -86,7 +86,7 @@ def make(name):
     if name == "wavtokenizer_nano":  # the same
         with torch.no_grad():
             clip = torch.cat([torch.zeros(1, 1, 120), torch.randn(1, 1, 264, generator=generator) / 2], -1)
-            tok.quantizer.codebook.copy_(tok.latents(tok.features(tok._padded(clip)))[0])
+            tok.quantizer.codebook.copy_(tok.latents(tok.features(tok._heard(clip, 0, clip.shape[-1] // tok.hop)))[0])
     if name == "wavtokenizer":  # one codebook has to tell the latents of noise apart by itself
         with torch.no_grad():
             latents = tok.encoder(torch.randn(1, 1, 320, generator=generator) / 2)

@@ -28,7 +28,9 @@ log = logging.getLogger("tokenzoo.kernels")
 
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wno-psabi", "-Wno-ignored-attributes", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 _AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=512", "-mfma"]
-_UNITS: dict[str, list[str]] = {"ops.cpp": [], "search_portable.cpp": [], "screen_amx.cpp": [], "split.cpp": [], "windows.cpp": []}
+_UNITS: dict[str, list[str]] = {
+    unit: [] for unit in ("ops.cpp", "search_portable.cpp", "screen_amx.cpp", "split.cpp", "windows.cpp")
+}
 if platform.machine().lower() in ("x86_64", "amd64"):
     _UNITS |= {"search_avx2.cpp": ["-mavx2", "-mfma"], "search_avx512.cpp": _AVX512, "screen_amx.cpp": _AVX512}
 _OPERATORS = (

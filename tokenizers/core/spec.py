@@ -31,6 +31,7 @@ class TokenSpec:
         rate: Frames (steps of the finest codebook) per second, for media that last.
         grid: Shape of the token grid, for tokenizers that have one.
         decodes_to: What `decode` returns: media, or only features that describe them.
+        per_token: Names of the extras that have a value for each token, `[B, L, ...]`: what goes for ids goes for them.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TokenSpec:
     rate: float | None = None
     grid: tuple[int, ...] | None = None
     decodes_to: Literal["media", "features"] = "media"
+    per_token: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.codebook_sizes):

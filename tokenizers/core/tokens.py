@@ -32,7 +32,8 @@ class Tokens:
         ids: int64 `[B, K, L]`; entries past an item's length are padding, kept at 0.
         lengths: int64 `[B, K]`.
         spec: What the ids mean, and which checkpoint made them.
-        extras: What decoding needs besides the ids; the first dimension of each tensor is B.
+        extras: What decoding needs besides the ids; the first dimension of each tensor is B. Those that `spec.per_token` names
+            are `[B, L, ...]`, padded and cut as the ids are, so that an item of a batch has what it has alone.
         meta: Per item, what restores the original: size, samples, sample rate, frames per second.
     """
 
@@ -80,10 +81,20 @@ class Tokens:
         longest = int(lengths.max()) if lengths.numel() else 0
         if chosen == list(range(len(self))) and longest == self.ids.shape[2]:
             return self
-        extras = {name: extra[chosen] for name, extra in self.extras.items()}
+        extras = self._cut({name: extra[chosen] for name, extra in self.extras.items()}, lengths)
         return dataclasses.replace(
             self, ids=self.ids[chosen, :, :longest], lengths=lengths, extras=extras, meta=tuple(self.meta[i] for i in chosen)
         )
+
+    def _cut(self, extras: Mapping[str, Tensor], lengths: Tensor) -> dict[str, Tensor]:
+        """Extras, those with a value for each token as long as the longest sequence, and 0 behind the end of each."""
+        cut = dict(extras)
+        for name in cut.keys() & set(self.spec.per_token):
+            longest = int(lengths.max()) if lengths.numel() else 0
+            padding = torch.arange(longest, device=lengths.device) >= lengths.amax(1)[:, None]
+            value = cut[name][:, :longest]
+            cut[name] = value.masked_fill(padding.view(*padding.shape, *(1,) * (value.dim() - 2)).to(value.device), 0)
+        return cut
 
     def __iter__(self) -> Iterator["Tokens"]:
         return (self[i] for i in range(len(self)))
@@ -192,7 +203,9 @@ class Tokens:
     def _with_lengths(self, lengths: Tensor) -> "Tokens":
         longest = int(lengths.max()) if lengths.numel() else 0
         real = torch.arange(longest, device=lengths.device) < lengths[..., None]
-        return dataclasses.replace(self, ids=self.ids[..., :longest] * real, lengths=lengths)
+        return dataclasses.replace(
+            self, ids=self.ids[..., :longest] * real, lengths=lengths, extras=self._cut(self.extras, lengths)
+        )
 
     @property
     def counts(self) -> Tensor:

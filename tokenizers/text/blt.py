@@ -121,7 +121,7 @@ class BLT(TextTokenizer):
         self.head = nn.Linear(config.dim, VOCABULARY, bias=False)
 
     def _describe(self) -> dict[str, Any]:
-        return {"codebook_sizes": (VOCABULARY,)}
+        return {"codebook_sizes": (VOCABULARY,), "per_token": ("entropies", "starts")}
 
     # -- entropies and patches
 

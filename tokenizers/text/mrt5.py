@@ -138,7 +138,7 @@ class MrT5(TextTokenizer):
         self.gate = None if config.gate_layer is None else Gate(config.dim)
 
     def _describe(self) -> dict[str, Any]:
-        return {"codebook_sizes": (self.config.vocabulary,)}
+        return {"codebook_sizes": (self.config.vocabulary,), "per_token": ("kept",)}
 
     # -- the network
 

@@ -153,6 +153,21 @@ def test_items_slices_and_joining():
         Tokens.cat([])
 
 
+def test_extras_with_a_value_per_token_are_cut_as_ids_are():
+    tokens = example(per_token=("weights", "kept"))
+    extras = {"weights": torch.ones(3, 8, 2), "kept": torch.ones(3, 8, dtype=torch.bool), "seed": torch.ones(3, 8)}
+    tokens = Tokens(tokens.ids, tokens.lengths, tokens.spec, extras, tokens.meta).truncate([2, 5, 3])
+    assert tokens.extras["weights"].shape == (3, 5, 2)
+    assert tokens.extras["weights"].sum((1, 2)).tolist() == [4, 10, 6]
+    assert tokens[0].extras["weights"].shape == (1, 2, 2)
+    assert tokens[[0, 2]].extras["kept"].tolist() == [[True, True, False], [True, True, True]]
+    assert tokens[0].extras["seed"].shape == (1, 8)
+    assert tokens[0].truncate(1).extras["kept"].tolist() == [[True]]
+    assert Tokens.cat(list(tokens)).equal(tokens)
+    assert Tokens.unpack(tokens.pack())[0].equal(tokens[0])
+    assert tokens[[]].extras["weights"].shape == (0, 0, 2)
+
+
 def test_sizes():
     tokens = example(codebook_sizes=(64000,)).truncate([1, 2, 8])
     assert tokens.num_bytes.tolist() == [2, 4, 16]

@@ -46,6 +46,7 @@ _BUILTIN = {
     "tatitok": "tokenzoo.tokenizers.image.tatitok:TATiTok",
     "titok": "tokenzoo.tokenizers.image.titok:TiTok",
     "vidtok": "tokenzoo.tokenizers.video.vidtok:VidTok",
+    "vidtok_nano": "tokenzoo.tokenizers.video.vidtok_nano:VidTokNano",
     "vqtoken": "tokenzoo.tokenizers.video.vqtoken:VQToken",
     "wavtokenizer": "tokenzoo.tokenizers.audio.wavtokenizer:WavTokenizer",
     "wavtokenizer_nano": "tokenzoo.tokenizers.audio.wavtokenizer_nano:WavTokenizerNano",

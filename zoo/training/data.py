@@ -30,20 +30,31 @@ MAX_PIXELS = 100_000_000
 SAME_PICTURE_BITS = 10
 
 
-def find_photos(root: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
-    """Photos under `root` whose relative path matches `include` and not `exclude` (`fnmatch` globs; `*` also matches `/`).
+def find_files(root: Path, suffixes: Sequence[str], include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+    """Files under `root` that end so and whose relative path matches `include` and not `exclude`.
+
+    Args:
+        root: The folder.
+        suffixes: Lower case, with their dots; upper case in names counts as lower.
+        include: `fnmatch` globs; `*` also matches `/`.
+        exclude: The same.
 
     Returns:
-        Sorted relative POSIX paths. Symbolic links are skipped: they name a picture that is listed already.
+        Sorted relative POSIX paths. Symbolic links are skipped: they name a file that is listed already.
     """
     found = []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.suffix.lower() not in PHOTO_SUFFIXES or path.is_symlink() or not path.is_file():
+        if path.suffix.lower() not in suffixes or path.is_symlink() or not path.is_file():
             continue
         if any(fnmatch(name, glob) for glob in include) and not any(fnmatch(name, glob) for glob in exclude):
             found.append(name)
     return found
+
+
+def find_photos(root: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+    """Photos under `root` whose relative path matches `include` and not `exclude`, as `find_files` finds files."""
+    return find_files(root, PHOTO_SUFFIXES, include, exclude)
 
 
 def open_photo(path: Path, shortest: int) -> Image.Image:

@@ -20,7 +20,8 @@ class MediaRecipe:
         folder: Folder of the media; empty in recipes that are shared, and then given on the command line.
         include: Globs over paths relative to the folder; `*` also matches `/`.
         exclude: Globs of what to leave out.
-        held_out: Share that is never trained on: of the pictures, of the recordings, or of the documents in any language.
+        held_out: Share that is never trained on: of the pictures, the recordings, the video files, or the documents in any
+            language.
         seed: Of what is drawn for training.
     """
 
@@ -70,6 +71,35 @@ class RecordingsRecipe(MediaRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipsRecipe(MediaRecipe):
+    """Crops, in space and time, of a folder of video files: `media = "clips"` among the data of a recipe.
+
+    Attributes:
+        frames: Of a crop.
+        crop_size: Side of a crop, in pixels.
+        smallest: Shortest side of the smallest pyramid level, in pixels.
+        largest: Shortest side of the largest pyramid level, in pixels.
+        most_frames: Frames of a file that are decoded, from the first on.
+        candidates: Crops drawn for each one kept, the most detailed.
+        eval_clips: Held-out crops to evaluate on.
+        eval_frames: Of a held-out crop; 0 for as many as in training.
+        eval_size: Side of a held-out crop, in pixels; 0 for that of training.
+        eval_seed: Of the held-out crops.
+    """
+
+    frames: int = 17
+    crop_size: int = 64
+    smallest: int = 64
+    largest: int = 192
+    most_frames: int = 256
+    candidates: int = 1
+    eval_clips: int = 32
+    eval_frames: int = 0
+    eval_size: int = 0
+    eval_seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextsRecipe(MediaRecipe):
     """Windows of a folder of manuals: `media = "texts"` among the data of a recipe.
 
@@ -87,11 +117,11 @@ class TextsRecipe(MediaRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class AdversaryRecipe:
-    """Discriminators of audio that are trained along.
+    """Discriminators of audio or clips that are trained along.
 
     Attributes:
-        periods: Of the discriminators by period, in samples.
-        windows: Of the discriminators by spectrum, in samples.
+        periods: Of the discriminators of audio by period, in samples.
+        windows: Of the discriminators of audio by spectrum, in samples.
         width: Their channels after the first layer; 0 for no discriminators.
         start: Step from which on they are trained and heard.
         adversarial: Weight of the adversarial loss.
@@ -110,7 +140,7 @@ class AdversaryRecipe:
     betas: tuple[float, float] = (0.8, 0.99)
 
 
-_MEDIA = {"photos": DataRecipe, "recordings": RecordingsRecipe, "texts": TextsRecipe}
+_MEDIA = {"photos": DataRecipe, "recordings": RecordingsRecipe, "clips": ClipsRecipe, "texts": TextsRecipe}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +155,7 @@ class Recipe:
             shape, in a tokenizer of any architecture.
         teacher: A trained tokenizer that this one learns from, named as `start`, where the architecture can (`learn_from`).
         data: What to train on; `media` in its table says what that is, photos by default.
-        adversary: Discriminators; none by default. Their media is audio.
+        adversary: Discriminators; none by default. Their media is audio or clips.
         output: Folder for checkpoints, logs and the result.
         steps: Optimizer steps.
         batch_size: Items per step and process.
@@ -153,7 +183,7 @@ class Recipe:
     start: str = ""
     inherit: str = ""
     teacher: str = ""
-    data: DataRecipe | RecordingsRecipe | TextsRecipe = field(default_factory=DataRecipe)
+    data: DataRecipe | RecordingsRecipe | ClipsRecipe | TextsRecipe = field(default_factory=DataRecipe)
     adversary: AdversaryRecipe = field(default_factory=AdversaryRecipe)
     output: str = "runs/latest"
     steps: int = 1000
@@ -180,8 +210,8 @@ class Recipe:
             raise ConfigError("expected either architecture (train from scratch) or start (fine-tune) in the recipe")
         if self.inherit and self.start:
             raise ConfigError("expected inherit only beside architecture: what a run starts from is whole")
-        if self.adversary.width and not isinstance(self.data, RecordingsRecipe):
-            raise ConfigError("recipe: expected data.media to be recordings beside an adversary: its discriminators hear audio")
+        if self.adversary.width and not isinstance(self.data, (RecordingsRecipe, ClipsRecipe)):
+            raise ConfigError("recipe: expected data.media to be recordings or clips beside an adversary, which judges those")
         if self.precision not in ("no", "bf16"):
             raise ConfigError(f"recipe: expected precision to be no or bf16, got {self.precision!r}")
         for name in ("steps", "batch_size", "log_every", "save_every", "eval_every"):

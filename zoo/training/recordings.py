@@ -9,7 +9,6 @@ Shapes: B batch, S samples.
 import hashlib
 import json
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 from tokenzoo.tokenizers.errors import MediaError
 from tokenzoo.tokenizers.files import replacing, write_atomically
 from tokenzoo.tokenizers.waveforms import Audio
-from tokenzoo.training.data import is_held_out
+from tokenzoo.training.data import find_files, is_held_out
 
 RECORDING_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 STORE_VERSION = 1
@@ -27,15 +26,8 @@ _FULL_SCALE = 32767
 
 
 def find_recordings(root: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
-    """Recordings under `root` whose relative path matches `include` and not `exclude`, as `find_photos` finds photos."""
-    found = []
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if path.suffix.lower() not in RECORDING_SUFFIXES or path.is_symlink() or not path.is_file():
-            continue
-        if any(fnmatch(name, glob) for glob in include) and not any(fnmatch(name, glob) for glob in exclude):
-            found.append(name)
-    return found
+    """Recordings under `root` whose relative path matches `include` and not `exclude`, as `find_files` finds files."""
+    return find_files(root, RECORDING_SUFFIXES, include, exclude)
 
 
 class RecordingStore:

@@ -1,4 +1,4 @@
-"""What a run is trained and evaluated on: photos as crops, recordings as clips, manuals as windows.
+"""What a run is trained and evaluated on: photos as crops, recordings and video files as clips, manuals as windows.
 
 Everything is a function of the recipe and the step.
 """
@@ -15,8 +15,9 @@ from torch import Tensor
 from tokenzoo.tokenizers import Tokenizer
 from tokenzoo.tokenizers.audio.mel import mel_distance
 from tokenzoo.tokenizers.errors import ConfigError
+from tokenzoo.training.clips import ClipCropSampler, ClipStore, find_clips, split_files
 from tokenzoo.training.data import CropSampler, PhotoStore, find_photos, split_pictures
-from tokenzoo.training.recipe import DataRecipe, MediaRecipe, Recipe, RecordingsRecipe, TextsRecipe
+from tokenzoo.training.recipe import ClipsRecipe, DataRecipe, MediaRecipe, Recipe, RecordingsRecipe, TextsRecipe
 from tokenzoo.training.recordings import ClipSampler, RecordingStore, find_recordings, split_recordings
 from tokenzoo.training.texts import TextStore, WindowSampler, find_texts, first_lines
 
@@ -32,7 +33,7 @@ class Source(Protocol):
         """The items of a step."""
 
     def initial(self, count: int) -> Tensor:
-        """Items that a tokenizer estimates its start from; photos as uint8."""
+        """Items that a tokenizer estimates its start from; photos and video clips as uint8."""
 
     def evaluate(self, tokenizer: Tokenizer, recipe: Recipe) -> dict[str, float]:
         """How well held-out items are reconstructed."""
@@ -42,6 +43,8 @@ def prepare(recipe: Recipe, output: Path) -> Source:
     """Decodes the media of a recipe into its output folder (once)."""
     if isinstance(recipe.data, RecordingsRecipe):
         return prepare_clips(recipe.data, output / "recordings")
+    if isinstance(recipe.data, ClipsRecipe):
+        return prepare_videos(recipe.data, output / "clips")
     if isinstance(recipe.data, TextsRecipe):
         return prepare_texts(recipe.data, output / "texts")
     return prepare_crops(recipe.data, output / "photos")
@@ -106,6 +109,31 @@ class Clips:
 
 
 @dataclass(frozen=True)
+class Videos:
+    """Training clips, and the held-out ones as uint8 `(B, T, H, W, 3)`."""
+
+    training: ClipCropSampler
+    held_out: np.ndarray
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        """Clips float32 `(B, T, 3, H, W)` in [0, 1]."""
+        return self.training.batch(step, batch_size)
+
+    def initial(self, count: int) -> Tensor:
+        """Clips uint8 `(count, T, 3, H, W)`."""
+        return torch.from_numpy(self.training.crops(_INITIAL_STEP, count)).permute(0, 1, 4, 2, 3)
+
+    def evaluate(self, tokenizer: Tokenizer, recipe: Recipe) -> dict[str, float]:
+        """Mean PSNR of held-out clips, each as a whole; losses, if the tokenizer decodes to features."""
+        clips = torch.from_numpy(self.held_out[: recipe.eval_items]).permute(0, 1, 4, 2, 3).float() / 255
+        if tokenizer.info.decodes_to == "features":
+            return held_out_losses(tokenizer, clips, recipe.batch_size)
+        decoded = tokenizer.decode(tokenizer.encode(list(clips)))
+        found = [tokenizer.qualities["psnr"].measure(a[None], b[None]) for a, b in zip(decoded, clips, strict=True)]
+        return {"held_out_psnr": float(torch.cat(found).mean())}
+
+
+@dataclass(frozen=True)
 class Texts:
     """Training windows, and held-out bytes of each language."""
 
@@ -158,6 +186,19 @@ def prepare_clips(data: RecordingsRecipe, cache: Path) -> Clips:
     held = ClipSampler(store, held_out or training, size=data.clip_samples, seed=data.eval_seed)
     sampler = ClipSampler(store, training, size=data.clip_samples, seed=data.seed)
     return Clips(data.sample_rate, sampler, held.batch(0, data.eval_clips), held_out)
+
+
+def prepare_videos(data: ClipsRecipe, cache: Path) -> Videos:
+    """Decodes the video files into `cache` (once) and splits them by name."""
+    root, names = _found(data, "video files", find_clips)
+    sizes = {"smallest": data.smallest, "largest": data.largest, "most_frames": data.most_frames}
+    store = ClipStore.build(root, names, cache, **sizes)
+    training, held_out = split_files(store, data.held_out)
+    options: dict[str, Any] = {"frames": data.frames, "size": data.crop_size, "candidates": data.candidates}
+    sampler = ClipCropSampler(store, training, seed=data.seed, **options)
+    options |= {"frames": data.eval_frames or data.frames, "size": data.eval_size or data.crop_size}
+    held = ClipCropSampler(store, held_out or training, seed=data.eval_seed, **options)
+    return Videos(sampler, held.crops(0, data.eval_clips))
 
 
 def prepare_texts(data: TextsRecipe, cache: Path) -> Texts:

@@ -71,7 +71,7 @@ const SearchTable& search() {
 }
 
 bool has_screen() {
-  static const bool answer = wanted_isa() == "amx" && amx::available();
+  static const bool answer = wanted_isa() == "amx" && search().lanes == 16 && amx::available();  // asked with AVX-512 in hand
   return answer;
 }
 

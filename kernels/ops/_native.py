@@ -48,7 +48,7 @@ _OPERATORS = (
     "split_bytes",
     "split_characters",
 )
-_COMPILE_SECONDS = 120
+_COMPILE_SECONDS = 300  # a crowded machine takes minutes
 _LOCK_SECONDS = 3 * _COMPILE_SECONDS  # units, then the link
 LIBRARY_NAME = "tokenzoo_native.so"
 _PREBUILT = Path(__file__).with_name(LIBRARY_NAME)

@@ -76,7 +76,7 @@ class CodebookLearner(nn.Module):
     @torch.no_grad()
     def start(self, codebook: Tensor, x: Tensor) -> None:
         """Sets the codebook by k-means of `x`, `(..., D)`, unless that was done before or there are no vectors."""
-        if not self.learning.kmeans_iterations or self.started or not x.numel():
+        if not self.is_waiting or not x.numel():
             return
         generator = torch.Generator().manual_seed(self.learning.seed)
         found = kmeans(
@@ -88,6 +88,21 @@ class CodebookLearner(nn.Module):
             self.cluster_size.copy_(_from_first(counts.to(self.cluster_size.dtype)))
             self.cluster_sums.copy_(codebook * self.cluster_size[:, None])
         self.started.fill_(True)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether k-means is still to set the codebook."""
+        return bool(self.learning.kmeans_iterations) and not self.started
+
+    @torch.no_grad()
+    def start_at(self, codebook: Tensor, entries: Tensor) -> None:
+        """Sets the codebook to entries `(K, D)` that are known beforehand, instead of by k-means."""
+        codebook.copy_(entries)
+        if self.learning.decay is not None:
+            self.cluster_size.fill_(1)
+            self.cluster_sums.copy_(entries)
+        if self.learning.kmeans_iterations:
+            self.started.fill_(True)
 
     @torch.no_grad()
     def update(self, codebook: Tensor, x: Tensor, ids: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""The networks of `word_pool`: bytes of a word to vectors, vectors to bytes, and words to the next word.
+"""The networks of `word_pool`: bytes of a share to a vector, vectors to bytes, and words to the next word.
 
 All of them stay in float32 when the module around them is cast: which byte wins must not depend on a precision.
 
-Shapes: W words, N bytes, k vectors a word, D width, H heads, T words of a text.
+Shapes: W words, S shares of words, N bytes, k vectors a word, D width, T words of a text.
 """
 
 import torch
@@ -12,27 +12,25 @@ from torch.nn import functional as F
 from tokenzoo.encoders.causal_transformer import CausalTransformer
 from tokenzoo.encoders.streaming import State
 from tokenzoo.tokenizers.quantizers import Quantizer
+from tokenzoo.tokenizers.text._words import Words
 
 END = 256  # the symbol behind a word's last byte; in front of its first one it stands for "nothing yet"
 _FAR = -1e4
 
 
-class WordEncoder(Quantizer):
-    """Bytes of each word to k vectors: byte transformer, pooling by learned queries, residual blocks.
+class ShareEncoder(Quantizer):
+    """Bytes of each share of a word to a vector: byte transformer, pooling by learned queries, residual blocks.
 
-    A word is k shares of about as many bytes each, and the queries of a vector look at its share, so that a vector has little
-    to say; what else it should know of the word, the byte transformer tells the share's bytes. Padding is masked wherever
-    bytes meet: a word's vectors do not depend on the width it is padded to.
+    Padding is masked wherever bytes meet: a vector does not depend on the width its share is padded to.
 
     Args:
-        longest: Bytes of the longest word.
+        longest: Bytes of the longest share.
         dim: Width of a byte.
         layers: Layers of the byte transformer.
         heads: Attention heads of a layer.
-        num_vectors: Vectors k of a word, each with queries of its own.
-        queries: Learned queries of each vector.
+        queries: Learned queries.
         hidden_dim: Width of the blocks.
-        blocks: Residual blocks behind the pooling, shared by all vectors.
+        blocks: Residual blocks behind the pooling.
         vector_dim: Width D of a vector.
     """
 
@@ -43,56 +41,45 @@ class WordEncoder(Quantizer):
         dim: int,
         layers: int,
         heads: int,
-        num_vectors: int,
         queries: int,
         hidden_dim: int,
         blocks: int,
         vector_dim: int,
     ) -> None:
         super().__init__()
-        self.num_vectors, self.queries = num_vectors, num_vectors * queries
         self.bytes = nn.Embedding(256, dim)
         self.positions = nn.Parameter(0.3 * torch.randn(longest, dim))
-        self.places = nn.Parameter(0.3 * torch.randn(longest, dim))
         self.lengths = nn.Parameter(0.3 * torch.randn(longest, dim))
         self.layers = nn.ModuleList(_ByteLayer(dim, heads) for _ in range(layers))
-        self.scores = nn.Linear(dim, self.queries)
-        self.values = nn.Linear(dim, num_vectors * dim)
+        self.scores = nn.Linear(dim, queries)
+        self.values = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.up = nn.Linear(dim, hidden_dim)
-        self.shares = nn.Parameter(0.02 * torch.randn(num_vectors, hidden_dim))
         self.blocks = nn.ModuleList(_Block(hidden_dim, hidden_dim) for _ in range(blocks))
         self.out_norm = nn.LayerNorm(hidden_dim)
         self.out = nn.Linear(hidden_dim, vector_dim)
 
-    def forward(self, bytes_WN: Tensor, lengths: Tensor) -> Tensor:
-        """Vectors `[W, k, D]` of bytes int64 `[W, N]`, of which the first `lengths` `[W]` count, at least one."""
-        count, width = bytes_WN.shape
-        at = torch.arange(width, device=lengths.device)
-        real = at < lengths[:, None]
-        share = torch.where(real, at * self.num_vectors // lengths[:, None], -1)
-        place = at - (share * lengths[:, None] + self.num_vectors - 1) // self.num_vectors
-        x = self.bytes(bytes_WN) + self.positions[:width] + self.lengths[lengths - 1][:, None]
-        x = x + self.places[torch.where(real, place, 0)]
+    def forward(self, bytes_SN: Tensor, lengths: Tensor) -> Tensor:
+        """Vectors `[S, D]` of bytes int64 `[S, N]`, of which the first `lengths` `[S]` count, at least one."""
+        count, width = bytes_SN.shape
+        real = torch.arange(width, device=lengths.device) < lengths[:, None]
+        x = self.bytes(bytes_SN) + self.positions[:width] + self.lengths[lengths - 1][:, None]
         for layer in self.layers:
             x = layer(x, real)
-        seen = share[..., None] == torch.arange(self.num_vectors, device=share.device)
-        seen = seen.repeat_interleave(self.queries // self.num_vectors, -1)
-        weights = self.scores(x).masked_fill(~seen, _FAR).softmax(1) * seen
-        values = self.values(x).view(count, width, self.queries, -1)
-        pooled = (weights[..., None] * values).sum(1).view(count, self.num_vectors, -1)
-        x = self.up(self.norm(pooled)) + self.shares
+        weights = self.scores(x).masked_fill(~real[..., None], _FAR).softmax(1)
+        values = self.values(x).view(count, width, weights.shape[2], -1)
+        x = self.up(self.norm((weights[..., None] * values).sum(1).flatten(1)))
         for block in self.blocks:
             x = block(x)
         vectors: Tensor = self.out(self.out_norm(x))
         return vectors
 
 
-class WordDecoder(Quantizer):
-    """A condition to bytes, left to right within a word, all words at once.
+class Speller(Quantizer):
+    """A condition to bytes, left to right within a share or a word, all of them at once.
 
-    The condition says of each position of the word what stands there. The distribution of a byte is a function of that and of
-    all bytes of the word before it, which a window as long as the longest word shows at once: nothing is kept between steps.
+    The condition says of each position what stands there. The distribution of a byte is a function of that and of all bytes
+    before it, which a window as long as the longest word shows at once: nothing is kept between steps.
 
     Args:
         longest: Bytes of the longest word.
@@ -170,7 +157,7 @@ class NextWord(Quantizer):
         decoder: Reads the condition.
     """
 
-    def __init__(self, *, in_dim: int, dim: int, layers: int, heads: int, context: int, decoder: WordDecoder) -> None:
+    def __init__(self, *, in_dim: int, dim: int, layers: int, heads: int, context: int, decoder: Speller) -> None:
         super().__init__()
         self.start = nn.Parameter(0.02 * torch.randn(dim))
         self.up = nn.Linear(in_dim, dim)
@@ -223,3 +210,26 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def read(decoder: Speller, condition: Tensor, words: Words) -> tuple[Tensor, Tensor]:
+    """Nats of each word and its end given conditions `[W, D]`, and the least margin of a right symbol, `[W]` both."""
+    nats, margins, order = [], [], []
+    for chosen, group in words.groups():
+        filled = F.pad(condition[chosen], (0, 0, 0, len(group.lengths) - len(chosen)))
+        found = read_group(decoder(filled, group.rows).float(), group.targets(END))
+        nats.append(found[0][: len(chosen)])
+        margins.append(found[1][: len(chosen)])
+        order.append(chosen)
+    back = torch.cat(order).argsort()
+    return torch.cat(nats)[back], torch.cat(margins)[back]
+
+
+def read_group(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As `read`, from logits `[W, N, 257]` and targets `[W, N]`, -1 for what does not count."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    with torch.no_grad():
+        right = targets.clamp_min(0)[..., None]
+        others = logits.scatter(2, right, -torch.inf).amax(2)
+        margins = (logits.gather(2, right)[..., 0] - others).masked_fill(targets < 0, torch.inf).amin(1)
+    return losses.view(targets.shape).sum(1), margins

@@ -1,10 +1,11 @@
-"""Words as tensors, and how `word_pool` writes words and raw bytes as frames of ids.
+"""Words as tensors, and how `word_pool` writes shares of words and raw bytes as frames of ids.
 
-A frame is one id of each of the K codebooks. Ids below `codes` are the codes of a word, all K of them together. The 257 ids
-from there on are raw: a byte of its own value, or, behind the last byte of a word, nothing. So a frame is either a word, or
-one to K bytes; what a text's frames stand for, one after the other, is the text.
+A frame is one id of each of the K codebooks. Ids below `codes` are codes, all K of them together those of one vector: below
+`starts` of the first vector of a word, from there on of a later one. The 257 ids from `codes` on are raw: a byte of its own
+value, or, behind the last byte of a word, nothing. So a frame is either a share of a word, or one to K bytes; what a text's
+frames stand for, one after the other, is the text.
 
-Shapes: W words, N bytes, K codebooks, L frames.
+Shapes: W words, or shares of words, N bytes, K codebooks, L frames.
 """
 
 from collections.abc import Iterator, Sequence
@@ -116,3 +117,56 @@ def raw_bytes(frames: npt.NDArray[np.int64], codes: int) -> tuple[npt.NDArray[np
     counts = (flat < _NOTHING).sum(1)
     data = flat.astype(np.uint8)
     return raw, [row[:n].tobytes() for row, n in zip(data, counts.tolist(), strict=True)]
+
+
+def check_order(frames: npt.NDArray[np.int64], starts: int, codes: int, most: int) -> None:
+    """Checks that vectors of words are where they can be.
+
+    Args:
+        frames: Of one text, `[L, K]`.
+        starts: Ids below it are of first vectors.
+        codes: Ids below it are of vectors.
+        most: Vectors of a word.
+
+    Raises:
+        TokensError: If a later vector follows no vector, or more than `most` belong to a word, or a frame is part first and
+            part later vector.
+    """
+    later = (frames >= starts) & (frames < codes)
+    follows = later.all(1)
+    coded = frames[:, 0] < codes
+    at = np.arange(len(frames))
+    behind = at - np.maximum.accumulate(np.where(follows, -1, at))
+    alone = follows & ~np.append(False, coded[:-1])
+    wrong = (later.any(1) != follows) | alone | (behind >= most)
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        raise TokensError(
+            f"expected words of one id below {starts} and at most {most - 1} from there up to {codes - 1}, got "
+            f"{frames[first].tolist()} in frame {first}: was something cut off before it?"
+        )
+
+
+def indexed(words: Sequence[bytes]) -> tuple[list[bytes], Tensor]:
+    """Each word once, in order of appearance, and where each of `words` is among them, int64 `[W]`."""
+    places: dict[bytes, int] = {}
+    index = [places.setdefault(word, len(places)) for word in words]
+    return list(places), torch.tensor(index, dtype=torch.long)
+
+
+def choice(count: int, most: int, generator: torch.Generator | None) -> list[int]:
+    """At most so many of the numbers below `count`."""
+    if count <= most:
+        return list(range(count))
+    device = generator.device if generator is not None else "cpu"
+    chosen: list[int] = torch.randperm(count, generator=generator, device=device)[:most].tolist()
+    return chosen
+
+
+def is_utf8(word: bytes) -> bool:
+    """Whether a word is whole characters."""
+    try:
+        word.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

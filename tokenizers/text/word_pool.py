@@ -1,25 +1,28 @@
 """WordPool: bytes of each word pooled into k vectors, that decode back into the word and that predict the next one.
 
 Paper: Learn Your Tokens, https://arxiv.org/abs/2310.11628 (repository avi-jit/eTok at 31c680b, MIT; no weights were published).
-From it: k learned queries pool the bytes of a word, a causal transformer reads one word after the other, and a decoder writes
-the bytes of all words at once, each from its vectors and from the bytes before it. What differs here:
+From it: learned queries pool the bytes of a word into at most k vectors, a causal transformer reads one word after the other,
+and a decoder writes the bytes of all words at once, each from its vectors and from the bytes before it. What differs here:
 
 - Words come from a lossless splitter, spaces and line breaks included, and are cut after `longest` bytes; the published
   cleaning loses white space and "=". Characters of scripts without spaces are joined to words of a few.
+- Each vector pools a share of the word, and a word has as many vectors as it has shares. Shares are the cheapest of the pieces
+  (`_pieces`) that were found in the training text, or equal parts of words that no k pieces make up.
 - Padding is masked everywhere (published: real bytes attend to it), and queries are parameters rather than ids (published:
   they collide with bytes).
-- Vectors decode: they are residual-quantized, and their k * Q ids are the tokens. The published decoder only ever saw the
-  vectors of other words.
+- Vectors decode: they are residual-quantized, and the ids of their stages are the tokens. The codebooks start as the vectors
+  of the pieces. The published decoder only ever saw the vectors of other words.
 - What would not come back is written as raw bytes in the same ids (`_words`), so `decode` is exact for any text.
 
-A word's logits are computed in float32 whatever the precision around, and a code counts as decodable only if each of its bytes
+Logits of bytes are computed in float32 whatever the precision around, and a code counts as decodable only if each of its bytes
 beats all others by `margin`, thousands of times what rounding changes in other batches or on other processors: no decision that
 `encode` relied on can turn in `decode`.
 
-Shapes: B batch, K = k * Q codebooks, L frames, W words, T words of a text, N bytes, D width of a vector.
+Shapes: B batch, Q stages, L frames, W words, S shares of words, N bytes, k vectors of a word, D width of a vector.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,7 +30,6 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,93 +38,32 @@ from tokenzoo.tokenizers import Codes, Output, TokenizerConfig, Tokens, TokensEr
 from tokenzoo.tokenizers.learning import Learning
 from tokenzoo.tokenizers.quantizers import Quantized, ResidualQuantizer
 from tokenzoo.tokenizers.strings import read_text
-from tokenzoo.tokenizers.text._word_network import END, NextWord, WordDecoder, WordEncoder
-from tokenzoo.tokenizers.text._words import RAW, ROWS, Words, joined, raw_bytes, raw_frames
+from tokenzoo.tokenizers.text._pieces import Pieces, equal_parts, fit
+from tokenzoo.tokenizers.text._word_config import WordPoolConfig
+from tokenzoo.tokenizers.text._word_network import END, NextWord, ShareEncoder, Speller, read, read_group
+from tokenzoo.tokenizers.text._words import (
+    RAW,
+    ROWS,
+    Words,
+    check_order,
+    choice,
+    indexed,
+    is_utf8,
+    joined,
+    raw_bytes,
+    raw_frames,
+)
 from tokenzoo.tokenizers.text.base import Embedding, TextTokenizer
 from tokenzoo.tokenizers.text.splitters import Ends, splitter, words_of
 from tokenzoo.tokenizers.tokens import pad_and_cat
 
-_KNOWN = 1 << 18  # words whose frames are kept
+_KNOWN = 1 << 18  # words, and shares, whose frames are kept
+_FADED = 0.75  # words count as often as they occur to this power when pieces are sought
 _PIECE = 256  # words of a text that are scored at a time
 _TEXTS, _BYTES = 256, 1 << 20  # texts, and their bytes, whose words are computed together
 _LN2 = 0.6931471805599453
 
-
-@strict
-@dataclass(kw_only=True)
-class WordPoolConfig(TokenizerConfig):
-    """Size of the tokenizer.
-
-    Attributes:
-        splitter: Name of the splitter.
-        longest: Bytes of the longest word; longer ones are cut.
-        joined: Kana or Chinese characters in a row, words by themselves, that become one word.
-        num_vectors: Vectors k of a word.
-        stages: Stages Q of the residual quantizer of each vector.
-        codebook_size: Ids of each codebook, of which 257 are raw bytes and nothing.
-        vector_dim: Width D of a vector.
-        byte_dim: Width of a byte in the encoder.
-        byte_layers: Layers of its byte transformer.
-        byte_heads: Attention heads of those.
-        queries: Learned queries of each vector.
-        hidden_dim: Width of the blocks between bytes and vectors.
-        blocks: How many of those there are, on each side.
-        said_dim: Width of what the decoder's blocks say of a position.
-        past_dim: Width of an earlier byte in the decoder.
-        position_dim: Width of a position in the decoder.
-        position_blocks: Residual blocks of a position.
-        margin: By how much, in nats, each byte must beat all others for a code to count as decodable.
-        model_dim: Width of the word-level model.
-        model_layers: Its layers; without any there is no such model.
-        model_heads: Its attention heads.
-        context: Words that it looks back on.
-        commitment: Weight of the commitment loss.
-        decay: Of the codebooks' moving averages; 0: they follow gradients.
-        restart_after: Training steps without a word after which a code is set anew; 0: never.
-        kmeans_iterations: Rounds of k-means that set the codebooks when they are first used.
-        continuous: Share of the training before vectors are quantized.
-        batch_words: Words of a training batch that are read and written, chosen at random among those that differ.
-    """
-
-    splitter: str = "unicode_word"
-    longest: int = 16
-    joined: int = 2
-    num_vectors: int = 4
-    stages: int = 2
-    codebook_size: int = 2048
-    vector_dim: int = 64
-    byte_dim: int = 512
-    byte_layers: int = 2
-    byte_heads: int = 4
-    queries: int = 16
-    hidden_dim: int = 1024
-    blocks: int = 2
-    said_dim: int = 64
-    past_dim: int = 64
-    position_dim: int = 512
-    position_blocks: int = 2
-    margin: float = 0.05
-    model_dim: int = 512
-    model_layers: int = 8
-    model_heads: int = 8
-    context: int = 192
-    commitment: float = 0.25
-    decay: float = 0.99
-    restart_after: int = 20
-    kmeans_iterations: int = 4
-    continuous: float = 0.01
-    batch_words: int = 4096
-
-    def validate_sizes(self) -> None:
-        """Checks what the graph needs of the sizes."""
-        if self.codebook_size <= RAW:
-            raise ValueError(f"expected a codebook_size above {RAW}, which are raw bytes, got {self.codebook_size}")
-        if not 4 <= self.longest <= 256:
-            raise ValueError(f"expected longest from 4 to 256 bytes, got {self.longest}")
-        if self.byte_dim % self.byte_heads or self.byte_dim % self.queries:
-            raise ValueError(f"expected byte_dim to be a multiple of byte_heads and of queries, got {self.byte_dim = }")
-        if min(self.num_vectors, self.stages, self.queries, self.position_dim) < 1 or self.margin <= 0:
-            raise ValueError("expected at least one vector, stage, query and channel, and a margin above 0")
+Key = tuple[bool, bytes]  # a share: whether it is a later one of its word, and its bytes
 
 
 @dataclass(frozen=True)
@@ -141,23 +82,24 @@ class Score:
 
 
 class WordPool(TextTokenizer):
-    """The tokenizer: one frame of K ids per word, or per K raw bytes."""
+    """The tokenizer: one frame of ids per vector of a word, or per Q raw bytes."""
 
     architecture: ClassVar[str] = "word_pool"
     config_class: ClassVar[type[TokenizerConfig]] = WordPoolConfig
     config: WordPoolConfig
+    piece_bytes: Tensor
+    piece_lengths: Tensor
 
     def __init__(self, config: WordPoolConfig) -> None:
         super().__init__(config)
         self.codes = config.codebook_size - RAW
-        self.num_codebooks = config.num_vectors * config.stages
+        self.num_codebooks = max(1, config.stages)
         self.splitter = splitter(config.splitter, max_bytes=config.longest)
-        self.encoder = WordEncoder(
+        self.encoder = ShareEncoder(
             longest=config.longest,
             dim=config.byte_dim,
             layers=config.byte_layers,
             heads=config.byte_heads,
-            num_vectors=config.num_vectors,
             queries=config.queries,
             hidden_dim=config.hidden_dim,
             blocks=config.blocks,
@@ -171,10 +113,12 @@ class WordPool(TextTokenizer):
                 kmeans_iterations=config.kmeans_iterations,
             )
         self.quantizers = nn.ModuleList(
-            ResidualQuantizer(self.codes, config.vector_dim, config.stages, commitment=config.commitment, learning=learning)
-            for _ in range(config.num_vectors)
+            ResidualQuantizer(size, config.vector_dim, config.stages, commitment=config.commitment, learning=learning)
+            for size in self._sizes
         )
-        self.decoder = self._word_decoder(config.num_vectors * config.vector_dim)
+        self.decoder = self._speller(config.vector_dim) if config.stages else None
+        self.register_buffer("piece_bytes", torch.zeros(self.codes, config.longest, dtype=torch.uint8))
+        self.register_buffer("piece_lengths", torch.zeros(self.codes, dtype=torch.int16))
         self.next_word = None
         if config.model_layers:
             self.next_word = NextWord(
@@ -183,14 +127,22 @@ class WordPool(TextTokenizer):
                 layers=config.model_layers,
                 heads=config.model_heads,
                 context=config.context,
-                decoder=self._word_decoder(config.model_dim),
+                decoder=self._speller(config.model_dim),
             )
+        self._pieces: Pieces | None = None
         self._known: dict[bytes, bytes] = {}
-        self.register_load_state_dict_post_hook(_forget_words)
+        self._known_shares: dict[Key, bytes] = {}
+        self._spelled: dict[bytes, bytes] = {}
+        self.register_load_state_dict_post_hook(_forget)
 
-    def _word_decoder(self, condition_dim: int) -> WordDecoder:
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        """Codes of first and of later vectors."""
+        return (self.config.starts, self.codes - self.config.starts) if self.config.stages else ()
+
+    def _speller(self, condition_dim: int) -> Speller:
         config = self.config
-        return WordDecoder(
+        return Speller(
             longest=config.longest,
             condition_dim=condition_dim,
             hidden_dim=config.hidden_dim,
@@ -202,9 +154,14 @@ class WordPool(TextTokenizer):
         )
 
     def train(self, mode: bool = True) -> "WordPool":
-        """As `nn.Module.train`; frames of words are kept in eval mode only."""
-        self._known.clear()
+        """As `nn.Module.train`; what was found out about words is kept in eval mode only."""
+        self.forget()
         return super().train(mode)
+
+    def forget(self) -> None:
+        """Forgets the frames of words that were met; they cost time to find again, and nothing else."""
+        for known in (self._known, self._known_shares, self._spelled):
+            known.clear()
 
     @property
     def _quantizers(self) -> list[Any]:
@@ -216,6 +173,54 @@ class WordPool(TextTokenizer):
     def split(self, data: bytes) -> Ends:
         """Where each word of a text ends, int64 `[W]`: as the splitter says, with characters joined."""
         return joined(data, self.splitter.split(data), self.config.joined)
+
+    # -- shares
+
+    def initialise(self, windows: Tensor, generator: torch.Generator) -> None:
+        """Finds the pieces of texts, uint8 `[B, N]`, where vectors are quantized."""
+        del generator
+        if not self.config.stages:
+            return
+        counts: Counter[bytes] = Counter()
+        for row in windows.numpy():
+            text = row.tobytes()
+            counts.update(words_of(text, self.split(text))[:-1])
+        weights = {word: count**_FADED for word, count in counts.items() if is_utf8(word)}
+        starts, rest = self._sizes
+        pieces = fit(weights, (starts, rest), self.config.num_vectors)
+        for first, found in ((0, pieces.first), (starts, pieces.later)):
+            rows = Words.of(found, torch.device("cpu"))
+            self.piece_bytes[first : first + len(found), : rows.rows.shape[1]] = rows.rows.to(torch.uint8)
+            self.piece_lengths[first : first + len(found)] = rows.lengths.to(torch.int16)
+        self._pieces = None
+
+    @property
+    def pieces(self) -> Pieces | None:
+        """What words are made up of, if that was found out; the place of a piece is its code before codes are trained."""
+        if self._pieces is None and bool(self.piece_lengths.any()):
+            lengths, data = self.piece_lengths.tolist(), self.piece_bytes.cpu().numpy()
+            found = [row[:length].tobytes() for row, length in zip(data, lengths, strict=True)]
+            starts = self.config.starts
+            first, later = ([piece for piece in part if piece] for part in (found[:starts], found[starts:]))
+            self._pieces = Pieces(first, later, self.config.num_vectors)
+        return self._pieces
+
+    def shares(self, words: Sequence[bytes]) -> list[list[bytes]]:
+        """The shares of each word, one to k: pieces, or equal parts where it has none."""
+        most, pieces = self.config.num_vectors, self.pieces
+        found = pieces.shares(words) if pieces is not None else [None] * len(words)
+        return [shares or equal_parts(word, most) for shares, word in zip(found, words, strict=True)]
+
+    def _indexed_shares(self, words: Sequence[bytes]) -> tuple[list[Key], Tensor]:
+        """Shares of words, each once, and which of them each word has, int64 `[W, k]`, -1 behind its last."""
+        most = self.config.num_vectors
+        places: dict[Key, int] = {}
+        rows = [
+            [places.setdefault((at > 0, share), len(places)) for at, share in enumerate(shares)]
+            for shares in self.shares(words)
+        ]
+        index = torch.tensor([row + [-1] * (most - len(row)) for row in rows], dtype=torch.long)
+        return list(places), index.view(len(rows), most).to(self.device)
 
     # -- encode
 
@@ -253,44 +258,65 @@ class WordPool(TextTokenizer):
         return Codes(pad_and_cat(rows), lengths)
 
     def _frames(self, words: Iterable[bytes]) -> dict[bytes, bytes]:
-        """Frames of words, int32 `[L, K]` as bytes, by word; each word that was not met before is computed once."""
+        """Frames of words, int32 `[L, Q]` as bytes, by word; each word that was not met before is computed once."""
         if len(self._known) > _KNOWN:
             self._known.clear()
         known = self._known
         unknown = [word for word in dict.fromkeys(words) if word not in known]
-        readable = [word for word in unknown if _is_utf8(word)]
+        readable = [word for word in unknown if is_utf8(word)] if self.config.stages else []
         known.update((word, raw_frames(word, self.num_codebooks, self.codes).tobytes()) for word in unknown)
-        if readable:
-            codes_WK, margins = self.codes_of(readable)
-            rows = codes_WK.cpu().numpy().astype(np.int32)
-            for at in (margins >= self.config.margin).nonzero()[:, 0].tolist():
-                known[readable[at]] = rows[at].tobytes()
+        cuts = [[(at > 0, share) for at, share in enumerate(shares)] for shares in self.shares(readable)]
+        frames = self._share_frames(key for keys in cuts for key in keys)
+        for word, keys in zip(readable, cuts, strict=True):
+            if all(frames[key] for key in keys):
+                known[word] = b"".join([frames[key] for key in keys])
+        return known
+
+    def _share_frames(self, keys: Iterable[Key]) -> dict[Key, bytes]:
+        """The frame of each share as bytes; none where the share would not come back."""
+        if len(self._known_shares) > _KNOWN:
+            self._known_shares.clear()
+        known = self._known_shares
+        unknown = [key for key in dict.fromkeys(keys) if key not in known]
+        if unknown:
+            codes, margins = self.codes_of(unknown)
+            rows, right = codes.cpu().numpy().astype(np.int32), (margins >= self.config.margin).tolist()
+            known.update((key, row.tobytes() if good else b"") for key, row, good in zip(unknown, rows, right, strict=True))
         return known
 
     @torch.no_grad()
-    def codes_of(self, words: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-        """Codes of words, and whether they come back.
+    def codes_of(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        """Codes of shares, and whether they come back.
 
         Args:
-            words: Words of 1 to `longest` bytes.
+            keys: Whether each share is a later one of its word, and its 1 to `longest` bytes.
 
         Returns:
-            Codes int64 `[W, K]`, and by how much the right byte beats all others where that is least, in nats `[W]`; a word
+            Codes int64 `[S, Q]`, and by how much the right byte beats all others where that is least, in nats `[S]`; a share
             with a negative margin does not come back.
+
+        Raises:
+            TokensError: If vectors are not quantized.
         """
-        codes = torch.zeros(len(words), self.num_codebooks, dtype=torch.long, device=self.device)
-        margins = torch.zeros(len(words), device=self.device)
+        decoder = self._decoder()
+        codes = torch.zeros(len(keys), self.num_codebooks, dtype=torch.long, device=self.device)
+        margins = torch.zeros(len(keys), device=self.device)
+        later = torch.tensor([later for later, _ in keys], dtype=torch.bool, device=self.device)
         with torch.autocast(self.device.type, enabled=False):
-            for chosen, group in Words.of(words, self.device).groups():
-                targets = group.targets(END)
-                for at in range(0, len(chosen), ROWS):
-                    part, rows = slice(at, at + ROWS), chosen[at : at + ROWS]
-                    vectors = self.encoder(group.rows[part], group.lengths[part])
-                    found = torch.cat([q.ids(vectors[:, i]) for i, q in enumerate(self._quantizers)], 1)
-                    condition = self.decoder.condition(self.vectors_of(found).flatten(1))
-                    _, least = _read_group(self.decoder(condition, group.rows[part]), targets[part])
-                    codes[rows], margins[rows] = found[: len(rows)], least[: len(rows)]
+            for rows, shares in _in_rows(keys, self.device):
+                vectors = self.encoder(*shares)
+                first, second = (quantizer.ids(vectors) for quantizer in self._quantizers)
+                is_later = F.pad(later[rows], (0, ROWS - len(rows)))
+                found = torch.where(is_later[:, None], second + self.config.starts, first)
+                logits = decoder(decoder.condition(self.vectors_of(found)), shares.rows)
+                _, least = read_group(logits, shares.targets(END))
+                codes[rows], margins[rows] = found[: len(rows)], least[: len(rows)]
         return codes, margins
+
+    def _decoder(self) -> Speller:
+        if self.decoder is None:
+            raise TokensError(f"vectors of {self.name or self.architecture} are not quantized and have no codes: stages is 0")
+        return self.decoder
 
     def reconstructed(self, media: Any) -> list[float]:
         """Share of the words of each text that come back from their codes and need no raw bytes; of no words, 1."""
@@ -307,17 +333,29 @@ class WordPool(TextTokenizer):
         known = self._frames(words)
         return [int.from_bytes(known[word][:4], sys.byteorder) < self.codes for word in words]
 
-    def vectors_of(self, codes_WK: Tensor) -> Tensor:
-        """Vectors float32 `[W, k, D]` of codes int64 `[W, K]`: all that a downstream model needs of the ids."""
-        parts = codes_WK.view(len(codes_WK), self.config.num_vectors, self.config.stages).unbind(1)
-        return torch.stack([q.lookup(ids) for q, ids in zip(self._quantizers, parts, strict=True)], 1)
+    def vectors_of(self, codes: Tensor) -> Tensor:
+        """Vectors float32 `[..., D]` of codes int64 `[..., Q]`."""
+        starts, (first, later) = self.config.starts, self._quantizers
+        one, other = first.lookup(codes.clamp_max(starts - 1)), later.lookup((codes - starts).clamp_min(0))
+        return torch.where(codes[..., :1] < starts, one, other)
+
+    def _word_vectors(self, words: Sequence[bytes]) -> Tensor:
+        """Vectors float32 `[W, k, D]` of words, quantized if there are codes; zeros behind a word's last."""
+        keys, index = self._indexed_shares(words)
+        if self.config.stages:
+            return _gather(self.vectors_of(self.codes_of(keys)[0]), index)
+        vectors = torch.zeros(len(keys), self.config.vector_dim, device=self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            for rows, shares in _in_rows(keys, self.device):
+                vectors[rows] = self.encoder(*shares)[: len(rows)]
+        return _gather(vectors, index)
 
     def _embed_texts(self, texts: Sequence[bytes]) -> list[Embedding]:
         found = []
         for text in texts:
             ends = self.split(text)
-            unique, index = _indexed(words_of(text, ends))
-            vectors = self.vectors_of(self.codes_of(unique)[0])[index.to(self.device)]
+            unique, index = indexed(words_of(text, ends))
+            vectors = self._word_vectors(unique)[index.to(self.device)]
             found.append(Embedding(vectors, torch.from_numpy(np.concatenate([[0], ends]))))
         return found
 
@@ -338,44 +376,53 @@ class WordPool(TextTokenizer):
             raise TokensError(f"expected as many ids of each codebook, got lengths {tokens.lengths.tolist()}")
         lengths = tokens.lengths[:, 0].tolist()
         frames = [tokens.ids[b, :, :length].mT.cpu().numpy() for b, length in enumerate(lengths)]
+        for rows in frames:
+            check_order(rows, self.config.starts, self.codes, self.config.num_vectors)
         parts = self._bytes_of(np.concatenate(frames))
         ends = np.cumsum(lengths).tolist()
         return [b"".join(parts[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
-    def _bytes_of(self, frames_LK: npt.NDArray[np.int64]) -> list[bytes]:
+    def _bytes_of(self, frames_LQ: npt.NDArray[np.int64]) -> list[bytes]:
         """What each frame stands for."""
-        raw, parts = raw_bytes(frames_LK, self.codes)
-        codes, index = np.unique(frames_LK[~raw], axis=0, return_inverse=True)
-        words = self.spell(torch.from_numpy(codes).to(self.device))
-        bytes_of_raw, words_of_codes = iter(parts), iter(index.ravel().tolist())
-        return [next(bytes_of_raw) if is_raw else words[next(words_of_codes)] for is_raw in raw.tolist()]
+        raw, parts = raw_bytes(frames_LQ, self.codes)
+        codes, index = np.unique(frames_LQ[~raw], axis=0, return_inverse=True)
+        if len(self._spelled) > _KNOWN:
+            self._spelled.clear()
+        known, keys = self._spelled, [row.tobytes() for row in codes]
+        unknown = [at for at, key in enumerate(keys) if key not in known]
+        if unknown:
+            spelled = self.spell(torch.from_numpy(codes[unknown]).to(self.device))
+            known.update((keys[at], share) for at, share in zip(unknown, spelled, strict=True))
+        bytes_of_raw, places = iter(parts), iter(index.ravel().tolist())
+        return [next(bytes_of_raw) if is_raw else known[keys[next(places)]] for is_raw in raw.tolist()]
 
     @torch.no_grad()
-    def spell(self, codes_WK: Tensor) -> list[bytes]:
-        """The words that codes int64 `[W, K]` stand for.
+    def spell(self, codes: Tensor) -> list[bytes]:
+        """The shares that codes int64 `[S, Q]` stand for.
 
         Raises:
             TokensError: If codes lead to no end within the longest word, or to no byte at all; `encode` writes no such codes.
         """
-        words = []
-        longest = self.config.longest
+        decoder, longest, shares = self._decoder(), self.config.longest, []
         with torch.autocast(self.device.type, enabled=False):
-            for at in range(0, len(codes_WK), ROWS):
-                part = codes_WK[at : at + ROWS]
+            for at in range(0, len(codes), ROWS):
+                part = codes[at : at + ROWS]
                 padded = F.pad(part, (0, 0, 0, ROWS - len(part)))
-                condition = self.decoder.condition(self.vectors_of(padded).flatten(1))
+                condition = decoder.condition(self.vectors_of(padded))
                 symbols = padded.new_full((ROWS, longest), END)
                 for place in range(longest + 1):
-                    logits = self.decoder.next(condition, symbols[:, -longest:], place)
+                    logits = decoder.next(condition, symbols[:, -longest:], place)
                     symbols = torch.cat([symbols, logits.argmax(-1, keepdim=True)], 1)
-                for codes, row in zip(part.tolist(), symbols[:, longest:].tolist(), strict=False):
+                    if bool((symbols[:, longest:] == END).any(1).all()):
+                        break
+                for row_codes, row in zip(part.tolist(), symbols[:, longest:].tolist(), strict=False):
                     length = row.index(END) if END in row else 0
                     if not length:
                         raise TokensError(
-                            f"expected the codes of a word, got {codes}, which spell none of 1 to {longest} bytes"
+                            f"expected the codes of bytes, got {row_codes}, which spell none of 1 to {longest} bytes"
                         )
-                    words.append(bytes(row[:length]))
-        return words
+                    shares.append(bytes(row[:length]))
+        return shares
 
     # -- the word-level model
 
@@ -397,40 +444,42 @@ class WordPool(TextTokenizer):
             raise TokensError(f"{self.name or self.architecture} has no word-level model: model_layers is 0")
         if not text:
             raise TokensError("expected a text of at least one byte to score, got none")
-        unique, index = _indexed(words_of(text, self.split(text)))
+        unique, index = indexed(words_of(text, self.split(text)))
         index = index.to(self.device)
-        vectors, words = self.vectors_of(self.codes_of(unique)[0]).flatten(1), Words.of(unique, self.device)
+        vectors, words = self._word_vectors(unique).flatten(1), Words.of(unique, self.device)
         state: State = {}
         nats, right, before = 0.0, 0, None
         for piece in index.split(_PIECE):
             conditions = self.next_word(vectors[piece][None], before=before, state=state)[0]
             before = vectors[piece[-1:]][None]
-            loss, margins = _read(self.next_word.decoder, conditions, Words(words.rows[piece], words.lengths[piece]))
+            loss, margins = read(self.next_word.decoder, conditions, Words(words.rows[piece], words.lengths[piece]))
             nats, right = nats + float(loss.double().sum()), right + int((margins > 0).sum())
         return Score(nats / _LN2 / len(text), right / len(index), len(index))
 
     # -- training
 
     def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:
-        """Nats per symbol of words decoded from their own vectors, and of next words; frozen parts have no loss.
+        """Nats per symbol of shares decoded from their own vectors, and of next words; frozen parts have no loss.
 
         Args:
             batch: Texts, uint8 `[B, N]`; the word that the end of a text cuts is left out.
             progress: Below `continuous`, vectors are not quantized.
-            generator: Chooses the words.
+            generator: Chooses words and pieces.
         """
         texts = [row.tobytes() for row in batch.to(torch.uint8).cpu().numpy()]
-        rows = [[word for word in words_of(text, self.split(text))[:-1] if _is_utf8(word)] for text in texts]
+        rows = [[word for word in words_of(text, self.split(text))[:-1] if is_utf8(word)] for text in texts]
         losses, metrics = {}, {}
-        if not self.training or self.decoder.head.weight.requires_grad:
-            words = Words.of(self._some([word for row in rows for word in row], generator), self.device)
-            vectors, quantized = self._quantized(words, continuous=self.training and progress < self.config.continuous)
-            nats, margins = _read(self.decoder, self.decoder.condition(vectors.flatten(1)), words)
-            losses["words"] = nats.sum() / (words.lengths + 1).sum()
-            metrics["words_right"] = (margins > 0).float().mean()
+        if self.decoder is not None and (not self.training or self.decoder.head.weight.requires_grad):
+            keys, _ = self._indexed_shares(self._some([word for row in rows for word in row], generator))
+            keys = list(dict.fromkeys([*keys, *self._some_pieces(generator)]))
+            vectors, quantized = self._quantized(keys, continuous=self.training and progress < self.config.continuous)
+            shares = Words.of([share for _, share in keys], self.device)
+            nats, margins = read(self.decoder, self.decoder.condition(vectors), shares)
+            losses["shares"] = nats.sum() / (shares.lengths + 1).sum()
+            metrics["shares_right"] = (margins > 0).float().mean()
             if quantized:
                 losses["codes"] = torch.stack([q.loss for q in quantized]).sum()
-                metrics["codes_used"] = torch.stack([_used(q.ids) for q in quantized]).mean() / self.codes
+                metrics["codes_used"] = torch.stack([_used(q.ids) for q in quantized]).sum() / self.codes
         if self.next_word is not None and (not self.training or self.next_word.start.requires_grad):
             nats, margins = self.foresee(rows)
             losses["next_word"] = nats.sum() / sum(len(word) for row in rows for word in row)
@@ -440,38 +489,59 @@ class WordPool(TextTokenizer):
     def _some(self, words: Iterable[bytes], generator: torch.Generator | None) -> list[bytes]:
         """At most `batch_words` of the words that differ."""
         unique = list(dict.fromkeys(words))
-        if len(unique) <= self.config.batch_words:
-            return unique
-        device = generator.device if generator is not None else "cpu"
-        order = torch.randperm(len(unique), generator=generator, device=device)[: self.config.batch_words]
-        return [unique[i] for i in order.tolist()]
+        return [unique[i] for i in choice(len(unique), self.config.batch_words, generator)]
 
-    def _quantized(self, words: Words, *, continuous: bool) -> tuple[Tensor, list[Quantized]]:
-        """Vectors `[W, k, D]` of words, and what each quantizer made of them; none, where they are to stay continuous."""
+    def _some_pieces(self, generator: torch.Generator | None) -> list[Key]:
+        """`batch_pieces` of the pieces, as shares."""
+        pieces = self.pieces
+        if pieces is None:
+            return []
+        first, most = len(pieces.first), self.config.batch_pieces
+        chosen = choice(first + len(pieces.later), most, generator)
+        return [(False, pieces.first[i]) if i < first else (True, pieces.later[i - first]) for i in chosen]
+
+    def _quantized(self, keys: Sequence[Key], *, continuous: bool) -> tuple[Tensor, list[Quantized]]:
+        """Vectors `[S, D]` of shares, and what each quantizer made of them; none, where they are to stay continuous."""
         parts, order = [], []
-        for chosen, group in words.groups():
+        for chosen, group in Words.of([share for _, share in keys], self.device).groups():
             parts.append(self.encoder(*group).float()[: len(chosen)])
             order.append(chosen)
         vectors = torch.cat(parts)[torch.cat(order).argsort()]
-        quantized = [] if continuous else [q(vectors[:, i]) for i, q in enumerate(self._quantizers)]
-        if not quantized:
+        if continuous or not self.config.stages:
             return vectors, []
-        return torch.stack([q.vectors for q in quantized], 1), quantized
+        if self.training:
+            self._start_codes()
+        later = torch.tensor([later for later, _ in keys], device=self.device)
+        kinds = [(~later).nonzero()[:, 0], later.nonzero()[:, 0]]
+        quantized = [quantizer(vectors[kind]) for quantizer, kind in zip(self._quantizers, kinds, strict=True)]
+        return torch.cat([q.vectors for q in quantized])[torch.cat(kinds).argsort()], quantized
+
+    @torch.no_grad()
+    def _start_codes(self) -> None:
+        """Before codes are first used: those of the first stage become the vectors of the pieces."""
+        pieces = self.pieces
+        learners = [quantizer.stages[0].learner for quantizer in self._quantizers]
+        if pieces is None or any(learner is None or not learner.is_waiting for learner in learners):
+            return
+        for quantizer, learner, part in zip(self._quantizers, learners, (pieces.first, pieces.later), strict=True):
+            vectors, _ = self._quantized([(False, piece) for piece in part], continuous=True)
+            codebook = quantizer.stages[0].codebook
+            learner.start_at(codebook, vectors[torch.arange(len(codebook), device=vectors.device) % len(vectors)])
 
     def foresee(self, texts: Sequence[Sequence[bytes]]) -> tuple[Tensor, Tensor]:
         """How well each word of texts is foreseen, with gradients to all that takes part; for training a model end to end.
 
         Args:
-            texts: Words of each text; vectors are quantized unless the quantizers were taken out.
+            texts: Words of each text.
 
         Returns:
             Nats of each word and its end, text after text, and the margin of its least certain byte (above 0: greedy decoding
             names the word right), float32 `[W]` both.
         """
-        unique, index = _indexed([word for words in texts for word in words])
-        words = Words.of(unique, self.device)
-        vectors, _ = self._quantized(words, continuous=not len(self.quantizers))
-        return self._next_words(vectors, words, index, [len(row) for row in texts])
+        unique, index = indexed([word for words in texts for word in words])
+        keys, shares = self._indexed_shares(unique)
+        vectors = _gather(self._quantized(keys, continuous=False)[0], shares)
+        return self._next_words(vectors, Words.of(unique, self.device), index, [len(row) for row in texts])
 
     def _next_words(self, vectors: Tensor, words: Words, index: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
         """Nats and margins `[W]` of the words `index` of texts of `counts` words each, from vectors `[W', k, D]`."""
@@ -480,36 +550,7 @@ class WordPool(TextTokenizer):
         rows = nn.utils.rnn.pad_sequence([vectors[part] for part in index.split(counts)], batch_first=True)
         conditions = self.next_word(F.pad(rows, (0, 0, 0, -rows.shape[1] % ROWS)))
         flat = torch.cat([condition[:count] for condition, count in zip(conditions, counts, strict=True)])
-        return _read(self.next_word.decoder, flat, Words(words.rows[index], words.lengths[index]))
-
-
-def _read(decoder: WordDecoder, condition: Tensor, words: Words) -> tuple[Tensor, Tensor]:
-    """Nats of each word and its end given conditions `[W, D]`, and the least margin of a right symbol, `[W]` both."""
-    nats, margins, order = [], [], []
-    for chosen, group in words.groups():
-        filled = F.pad(condition[chosen], (0, 0, 0, len(group.lengths) - len(chosen)))
-        found = _read_group(decoder(filled, group.rows).float(), group.targets(END))
-        nats.append(found[0][: len(chosen)])
-        margins.append(found[1][: len(chosen)])
-        order.append(chosen)
-    back = torch.cat(order).argsort()
-    return torch.cat(nats)[back], torch.cat(margins)[back]
-
-
-def _read_group(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-    with torch.no_grad():
-        right = targets.clamp_min(0)[..., None]
-        others = logits.scatter(2, right, -torch.inf).amax(2)
-        margins = (logits.gather(2, right)[..., 0] - others).masked_fill(targets < 0, torch.inf).amin(1)
-    return losses.view(targets.shape).sum(1), margins
-
-
-def _indexed(words: Sequence[bytes]) -> tuple[list[bytes], Tensor]:
-    """Each word once, in order of appearance, and where each of `words` is among them, int64 `[W]`."""
-    places: dict[bytes, int] = {}
-    index = [places.setdefault(word, len(places)) for word in words]
-    return list(places), torch.tensor(index, dtype=torch.long)
+        return read(self.next_word.decoder, flat, Words(words.rows[index], words.lengths[index]))
 
 
 def _used(ids: Tensor) -> Tensor:
@@ -517,13 +558,19 @@ def _used(ids: Tensor) -> Tensor:
     return torch.tensor([float(len(stage.unique())) for stage in ids.unbind(1)]).mean()
 
 
-def _is_utf8(word: bytes) -> bool:
-    try:
-        word.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+def _in_rows(keys: Sequence[Key], device: torch.device) -> Iterator[tuple[Tensor, Words]]:
+    """Shares of similar length, `ROWS` at a time so that they are computed alike in any company, with their indices."""
+    for chosen, group in Words.of([share for _, share in keys], device).groups():
+        for at in range(0, len(chosen), ROWS):
+            part = slice(at, at + ROWS)
+            yield chosen[part], Words(group.rows[part], group.lengths[part])
 
 
-def _forget_words(module: WordPool, _: Any) -> None:
-    module._known.clear()
+def _gather(vectors: Tensor, index: Tensor) -> Tensor:
+    """Rows of `vectors` `[S, D]`, in the shape of `index` and D; zeros for -1."""
+    return F.pad(vectors, (0, 0, 0, 1))[index]
+
+
+def _forget(module: WordPool, _: Any) -> None:
+    module.forget()
+    module._pieces = None

@@ -3,7 +3,7 @@
 Learn Your Tokens (https://arxiv.org/abs/2310.11628) reports more than three times the next-word accuracy of byte and subword
 models, and thirty times on rare words. Here three models of nearly equal size are trained on the very same windows of text:
 
-- `word`: `word_pool`'s encoder, word-level transformer and decoder, trained together, vectors not quantized;
+- `word`: `word_pool`'s encoder, word-level transformer and decoder, trained together, two vectors a word, not quantized;
 - `bpe`: a BPE vocabulary of HF `tokenizers`, trained on the same text, its pieces kept within words;
 - `byte`: bytes.
 
@@ -29,20 +29,21 @@ from torch.nn import functional as F
 
 from tokenzoo.encoders.causal_transformer import CausalTransformer
 from tokenzoo.tokenizers.files import replacing, write_atomically
-from tokenzoo.tokenizers.text._words import ROWS
+from tokenzoo.tokenizers.text._words import RAW, ROWS
 from tokenzoo.tokenizers.text.splitters import words_of
 from tokenzoo.tokenizers.text.word_pool import WordPool, WordPoolConfig
 from tokenzoo.training.recipe import Recipe, TextsRecipe
 from tokenzoo.training.sources import prepare_texts
 from tokenzoo.training.texts import TextStore, WindowSampler
 
-DIM, HEADS, LAYERS = 256, 4, 4
-VOCABULARY = 3840
+DIM, HEADS, LAYERS = 192, 3, 3
+VOCABULARY = 2560
 TURN = 50
 RARE = 10
 WORDS = WordPoolConfig(
-    num_vectors=2, stages=1, vector_dim=64, byte_dim=64, byte_layers=1, queries=8, hidden_dim=256, blocks=1, said_dim=16,
-    past_dim=32, position_dim=192, position_blocks=2, model_dim=DIM, model_layers=LAYERS, model_heads=HEADS, context=1024,
+    num_vectors=2, stages=0, codebook_size=RAW, vector_dim=64, byte_dim=64, byte_layers=1, queries=8, hidden_dim=192, blocks=1,
+    said_dim=16, past_dim=16, position_dim=160, position_blocks=1, model_dim=DIM, model_layers=LAYERS, model_heads=HEADS,
+    context=1024,
 )  # fmt: skip
 
 
@@ -59,8 +60,6 @@ class WordModel(nn.Module):
 
     def __init__(self, tokenizer: WordPool) -> None:
         super().__init__()
-        tokenizer.quantizers = nn.ModuleList()
-        del tokenizer.decoder
         self.words = tokenizer
 
     def loss(self, windows: list[list[bytes]]) -> Tensor:

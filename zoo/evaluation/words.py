@@ -1,18 +1,21 @@
 """`python -m tokenzoo.evaluation.words`: bundles a run of `word_pool` and writes on its card which words come back.
 
 The run may still be going on: its last checkpoint is read. Everything between the markers on the card, and the figures of its
-front matter, is rewritten; the prose around them is not.
+front matter, is rewritten; the prose around them is not. A BPE vocabulary of as many ids, of HF `tokenizers` (extra `bench`),
+is trained on the windows in which the pieces were found, and measured on the same words.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tokenzoo.evaluation.bundling import averaged_weights, built, bundle, command_line, recipe_of, with_measured
+from tokenzoo.evaluation.next_word import train_bpe
 from tokenzoo.tokenizers.text.splitters import words_of
 from tokenzoo.tokenizers.text.word_pool import WordPool
 from tokenzoo.training.recipe import Recipe, TextsRecipe
@@ -32,7 +35,8 @@ class Measured:
         right: How many of them come back from their codes.
         distinct: How many words that differ.
         distinct_right: How many of those come back.
-        frames: Frames of ids, raw bytes included.
+        ids: Ids, raw bytes included.
+        bpe_ids: Ids of BPE, cut into the same words.
     """
 
     num_bytes: int
@@ -40,19 +44,20 @@ class Measured:
     right: int
     distinct: int
     distinct_right: int
-    frames: int
+    ids: int
+    bpe_ids: int
 
-    def row(self, name: str, num_codebooks: int, bits: float) -> str:
-        """A line of the card's table."""
-        ids = num_codebooks * self.frames
+    def row(self, name: str, bits: float) -> str:
+        """A line of the card's table, with ids of so many bits."""
         values = [
             f"{self.num_bytes / 1e3:.0f}",
             f"{self.right / self.words:.2%}",
             f"{self.distinct_right / self.distinct:.2%}",
             f"{self.num_bytes / self.words:.2f}",
-            f"{ids / self.words:.2f}",
-            f"{self.num_bytes / ids:.2f}",
-            f"{bits * self.frames / self.num_bytes:.2f}",
+            f"{self.ids / self.words:.2f}",
+            f"{self.num_bytes / self.ids:.2f}",
+            f"{self.num_bytes / self.bpe_ids:.2f}",
+            f"{bits * self.ids / self.num_bytes:.2f}",
         ]
         return f"| {name} | " + " | ".join(values) + " |"
 
@@ -67,7 +72,7 @@ def spread(stream: npt.NDArray[np.uint8], most: int) -> bytes:
     return b"".join(piece[piece.find(b"\n") + 1 : piece.rfind(b"\n") + 1] for piece in pieces)
 
 
-def measure(tokenizer: WordPool, text: bytes) -> Measured:
+def measure(tokenizer: WordPool, text: bytes, bpe: Any) -> Measured:
     """What comes back of a text, and what it costs; checks that all of it is decoded exactly."""
     words = words_of(text, tokenizer.split(text))
     tokens = tokenizer.encode(text)
@@ -75,7 +80,9 @@ def measure(tokenizer: WordPool, text: bytes) -> Measured:
         raise AssertionError("expected an exact round trip")
     distinct = list(dict.fromkeys(words))
     right = sum(tokenizer.comes_back(words))
-    return Measured(len(text), len(words), right, len(distinct), sum(tokenizer.comes_back(distinct)), int(tokens.lengths[0, 0]))
+    distinct_right = sum(tokenizer.comes_back(distinct))
+    bpe_ids = sum(len(found.ids) for found in bpe.encode_batch([word.decode("latin-1") for word in words]))
+    return Measured(len(text), len(words), right, len(distinct), distinct_right, int(tokens.lengths.sum()), bpe_ids)
 
 
 def release(run: Path, recipe: Recipe, card: Path, most: int) -> dict[str, Measured]:
@@ -85,12 +92,15 @@ def release(run: Path, recipe: Recipe, card: Path, most: int) -> dict[str, Measu
     state = {name: tensor for name, tensor in state.items() if ".learner." not in name}
     tokenizer = built(recipe.architecture, {**recipe.config, "decay": 0.0, "restart_after": 0, "kmeans_iterations": 0}, state)
     assert isinstance(tokenizer, WordPool)
-    prepare_texts(recipe.data, run / "texts")
+    windows = prepare_texts(recipe.data, run / "texts").initial(recipe.initialise_items).numpy()
+    texts = (window.tobytes() for window in windows)
+    words = [word for text in texts for word in words_of(text, tokenizer.split(text))]
+    bpe = train_bpe(words, tokenizer.config.codebook_size)
     store = TextStore(run / "texts")
     found = {}
     for name, stream in store.streams(held_out=True).items():
         if len(stream) >= LEAST:
-            found[name] = measure(tokenizer, spread(stream, most))
+            found[name] = measure(tokenizer, spread(stream, most), bpe)
             print(name, found[name], flush=True)
     bundle(card, refreshed(card.read_text(), tokenizer, found, step, store.copied), state, tokenizer)
     return found
@@ -102,22 +112,30 @@ def refreshed(text: str, tokenizer: WordPool, found: dict[str, Measured], steps:
     Raises:
         ValueError: If the card has no markers.
     """
-    count = tokenizer.num_codebooks
-    bits = float(count * np.log2(tokenizer.config.codebook_size))
-    rows = "\n".join(one.row(name, count, bits) for name, one in found.items())
+    size = tokenizer.config.codebook_size
+    rows = "\n".join(one.row(name, float(np.log2(size))) for name, one in found.items())
+    rest = [one for name, one in found.items() if name != "en"]
+    mine, theirs = (
+        f"{found['en'].num_bytes / getattr(found['en'], ids):.2f} bytes of English and, on average over languages, "
+        f"{np.mean([one.num_bytes / getattr(one, ids) for one in rest]):.2f} of the others"
+        for ids in ("ids", "bpe_ids")
+    )
     english = found["en"].right / found["en"].words
-    others = [name for name, one in found.items() if name != "en" and one.right >= 0.95 * one.words]
+    missed = [name for name, one in found.items() if name != "en" and one.right < 0.95 * one.words]
     part = f"""\
 Measured on up to {max(one.num_bytes for one in found.values()) / 1e3:.0f} kB of each language, spread over its held-out
 manuals, by the bundled float16 weights, after {steps:,} training steps. Every text was decoded again,
 and was equal to the original.
 
-| language | kB | words without raw bytes | distinct words without raw bytes | bytes/word | ids/word | bytes/id | bits/byte |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| language | kB | words without raw bytes | distinct ones | bytes/word | ids/word | bytes/id | bytes/id of BPE | bits/byte |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
 
-- The aims were 99 % of English words and 95 % of the others': English has {english:.2%}, and {len(others)} of the
-  {len(found) - 1} others have reached theirs{": " + ", ".join(others) if others else ""}.
+- The aims were 99 % of English words and 95 % of the others': English has {english:.2%}, and {len(rest) - len(missed)} of the
+  {len(rest)} others have reached theirs{": all but " + ", ".join(missed) if missed else ""}.
+- An id stands for {mine}.
+  An id of a BPE vocabulary of {size:,} ids stands for {theirs};
+  it was trained on the windows in which the pieces were found, and keeps within the same words.
 - {copied} held-out documents that were mostly copies of training documents were left out before."""
     return with_measured(text, part)
 

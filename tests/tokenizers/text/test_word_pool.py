@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tokenzoo.tokenizers import ConfigError, Tokens, TokensError
-from tokenzoo.tokenizers.text._words import RAW, Words, joined, raw_bytes, raw_frames
-from tokenzoo.tokenizers.text.word_pool import WordPool, WordPoolConfig, _read
+from tokenzoo.tokenizers.text._word_network import read
+from tokenzoo.tokenizers.text._words import RAW, Words, check_order, choice, joined, raw_bytes, raw_frames
+from tokenzoo.tokenizers.text.word_pool import WordPool, WordPoolConfig
 
 WORDS = [f"{a}{b}".encode() for a in "abcdefgh" for b in ("", "x", "yy", "zzz")] + ["é".encode(), "日本".encode(), b"\n"]
 TEXT = "a bx cyy d日本e\n\nezzz fx\tgyy h é"
@@ -15,6 +16,7 @@ TINY = {
     "num_vectors": 2,
     "stages": 2,
     "codebook_size": RAW + 63,
+    "starts": 40,
     "vector_dim": 16,
     "byte_dim": 16,
     "byte_layers": 1,
@@ -46,9 +48,10 @@ def untrained():
 def trained():
     """A network that knows a few words."""
     tokenizer = build().train()
+    batch = torch.tensor([list(b"|".join([*WORDS, b"|"]))], dtype=torch.uint8)
+    tokenizer.initialise(batch, torch.Generator())
     tokenizer.next_word.requires_grad_(False)
     optimizer = torch.optim.Adam([p for p in tokenizer.parameters() if p.requires_grad], lr=1e-2)
-    batch = torch.tensor([list(b"|".join([*WORDS, b"|"]))], dtype=torch.uint8)
     for step in range(80):
         loss = tokenizer(batch, progress=step / 80).loss
         loss.backward()
@@ -125,6 +128,24 @@ def test_damaged_frames_are_refused(frame):
 # -- round trips
 
 
+ORDER = {"starts": 10, "codes": 20, "most": 3}
+
+
+def test_words_begin_with_a_first_vector():
+    check_order(np.array([[0, 9], [9, 9], [10, 19], [19, 10], [30, 276], [3, 3]]), **ORDER)
+    check_order(np.zeros((0, 2), np.int64), **ORDER)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [[[10, 10]], [[30, 30], [10, 10]], [[1, 1], [11, 11], [12, 12], [13, 13]], [[1, 11]]],
+    ids=["first", "raw", "long", "mixed"],
+)
+def test_vectors_out_of_order_are_refused(frames):
+    with pytest.raises(TokensError, match=rf"in frame {len(frames) - 1}: was something cut off"):
+        check_order(np.array(frames), **ORDER)
+
+
 def test_random_texts_come_back(untrained, trained):
     texts = random_texts(10_000)
     for tokenizer in (untrained, trained):
@@ -139,15 +160,27 @@ def test_odd_texts_come_back(trained, text):
     assert trained.decode(trained.encode(text)) == [text]
 
 
-def test_known_words_take_one_frame_and_others_their_bytes(trained):
+def test_known_words_take_a_frame_for_each_share_and_others_their_bytes(trained):
     tokens = trained.encode("a")
-    assert tokens.ids.shape == (1, 4, 1)
-    assert int(tokens.ids.max()) < trained.codes
+    assert tokens.ids.shape == (1, 2, 1)
+    assert int(tokens.ids.max()) < trained.config.starts
     tokens = trained.encode("QWERTY")
-    assert tokens.ids.shape == (1, 4, 2)
+    assert tokens.ids.shape == (1, 2, 3)
     assert int(tokens.ids.min()) >= trained.codes
     assert trained.reconstructed(["a", "a\nQWERTY\n", ""]) == [1, 0.75, 1]
     assert trained.reconstructed("".join(map(bytes.decode, WORDS)))[0] > 0
+
+
+def test_words_that_were_not_met_come_back_from_their_shares(trained):
+    starts, pieces = trained.config.starts, trained.pieces
+    words = [first + later for first in pieces.first for later in pieces.later if len(later) > 1]
+    words = [word for word in words if word.isascii() and word not in WORDS and len(trained.shares([word])[0]) == 2]
+    known = [word for word, right in zip(words, trained.comes_back(words), strict=True) if right]
+    assert known
+    frames = np.frombuffer(trained._frames(known)[known[0]], np.int32).reshape(2, 2)
+    assert bool((frames[0] < starts).all())
+    assert bool(((frames[1] >= starts) & (frames[1] < trained.codes)).all())
+    assert trained.spell(torch.from_numpy(frames.astype(np.int64))) == trained.shares(known[:1])[0]
 
 
 def test_tokens_survive_packing_and_layouts(trained):
@@ -165,26 +198,30 @@ def test_tokens_survive_packing_and_layouts(trained):
 
 def test_ids_do_not_depend_on_the_texts_around(trained):
     texts = [TEXT, "a", "zz a bx QWERTY", "", TEXT[::-1]]
-    trained._known.clear()
+    trained.forget()
     together = trained.encode(texts)
     for index, text in enumerate(texts):
-        trained._known.clear()
+        trained.forget()
         alone = trained.encode(text)
         assert torch.equal(alone.ids[0], together[index].ids[0])
 
 
-def test_codes_do_not_depend_on_the_words_around_nor_on_threads(trained):
-    words = [word for word in WORDS if len(word) < 4]
-    codes, margins = trained.codes_of(words)
-    shuffled = words[::-1] + [bytes([65 + i % 26, 65 + i // 26]) for i in range(200)]
+def keys(*shares):
+    return [(False, share) for share in shares]
+
+
+def test_codes_do_not_depend_on_the_shares_around_nor_on_threads(trained):
+    shares = keys(*(word for word in WORDS if len(word) < 4))
+    codes, margins = trained.codes_of(shares)
+    others = [(bool(i % 2), bytes([65 + i % 26, 65 + i // 26])) for i in range(200)]
     threads = torch.get_num_threads()
     torch.set_num_threads(threads % 2 + 1)
     try:
-        others, other_margins = trained.codes_of(shuffled)
+        again, other_margins = trained.codes_of(shares[::-1] + others)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(codes, others[: len(words)].flip(0))
-    assert (margins - other_margins[: len(words)].flip(0)).abs().max() < trained.config.margin / 100
+    assert torch.equal(codes, again[: len(shares)].flip(0))
+    assert (margins - other_margins[: len(shares)].flip(0)).abs().max() < trained.config.margin / 100
 
 
 def test_decoding_survives_other_rounding(trained):
@@ -198,8 +235,8 @@ def test_decoding_survives_other_rounding(trained):
     assert b"".join(other._bytes_of(frames)) == TEXT.encode()
 
 
-def test_words_spell_alike_in_any_batch(trained):
-    codes, margins = trained.codes_of(WORDS)
+def test_shares_spell_alike_in_any_batch(trained):
+    codes, margins = trained.codes_of(keys(*WORDS))
     known = (margins >= trained.config.margin).nonzero()[:, 0]
     assert len(known) >= 8
     words = [WORDS[i] for i in known.tolist()]
@@ -225,7 +262,7 @@ def test_vectors_do_not_depend_on_padding(trained):
 
 
 def test_codes_that_spell_no_word_are_refused(untrained):
-    ids = torch.randint(0, untrained.codes, (64, 4))
+    ids = torch.randint(0, untrained.codes, (64, 2))
     with pytest.raises(TokensError, match="spell none of 1 to 16 bytes"):
         untrained.spell(ids)
 
@@ -233,17 +270,25 @@ def test_codes_that_spell_no_word_are_refused(untrained):
 def test_damaged_tokens_are_refused(trained):
     tokens = trained.encode(TEXT)
     with pytest.raises(TokensError, match="as many ids of each codebook"):
-        trained.decode(dataclasses.replace(tokens, lengths=tokens.lengths - torch.tensor([[0, 0, 0, 1]])))
-    for value, message in ((trained.config.codebook_size, "codebook 2"), (trained.codes + 5, "frame 0")):
+        trained.decode(dataclasses.replace(tokens, lengths=tokens.lengths - torch.tensor([[0, 1]])))
+    for value, message in ((trained.config.codebook_size, "codebook 1"), (trained.codes + 5, "frame 0")):
         damaged = tokens.ids.clone()
-        damaged[0, 2, 0] = value
+        damaged[0, 1, 0] = value
         with pytest.raises(TokensError, match=message):
             trained.decode(dataclasses.replace(tokens, ids=damaged))
 
 
 @pytest.mark.parametrize(
     "values",
-    [{"codebook_size": RAW}, {"longest": 3}, {"byte_dim": 15}, {"margin": 0.0}, {"splitter": "words"}],
+    [
+        {"codebook_size": RAW},
+        {"longest": 3},
+        {"byte_dim": 15},
+        {"margin": 0.0},
+        {"splitter": "words"},
+        {"starts": 63},
+        {"stages": 0},
+    ],
     ids=lambda v: next(iter(v)),
 )
 def test_impossible_configs_are_refused(values):
@@ -259,8 +304,25 @@ def test_embeddings_are_those_of_the_ids(trained):
     assert found.vectors.shape == (len(found.offsets) - 1, 2, 16)
     assert found.offsets[-1] == len("a bx日本語".encode())
     ids = trained.encode("a").ids[0].mT
-    assert torch.equal(trained.vectors_of(ids), found.vectors[:1])
+    assert torch.equal(trained.vectors_of(ids), found.vectors[0, :1])
+    assert not bool(found.vectors[0, 1].any())
     assert trained.embed("")[0].vectors.shape == (0, 2, 16)
+
+
+def test_without_stages_ids_are_bytes_and_vectors_stay_continuous():
+    tokenizer = build(stages=0, codebook_size=RAW)
+    tokens = tokenizer.encode([TEXT, ""])
+    assert tokens[0].ids[0, 0].tolist() == list(TEXT.encode())
+    assert tokenizer.decode(tokens) == [TEXT, ""]
+    whole, part = tokenizer.embed([TEXT, TEXT[:4]])
+    assert torch.equal(whole.vectors[:2], part.vectors)
+    assert bool(whole.vectors.any())
+    assert tokenizer.embed("")[0].vectors.shape == (0, 2, 16)
+    assert tokenizer.score(TEXT)[0].bits_per_byte > 0
+    tokenizer.initialise(torch.zeros(1, 8, dtype=torch.uint8), torch.Generator())
+    assert tokenizer.pieces is None
+    with pytest.raises(TokensError, match="stages is 0"):
+        tokenizer.codes_of(keys(b"a"))
 
 
 def test_scores_in_pieces_are_those_of_the_whole(trained):
@@ -295,35 +357,66 @@ def test_both_objectives_reach_their_parameters():
     tokenizer = build().train()
     batch = torch.tensor([list(TEXT.encode())], dtype=torch.uint8)
     output = tokenizer(batch, progress=0.5)
-    assert output.losses.keys() == {"words", "codes", "next_word"}
+    assert output.losses.keys() == {"shares", "codes", "next_word"}
     output.loss.backward()
     missing = [name for name, p in tokenizer.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
-    assert tokenizer(batch, progress=0.0).losses.keys() == {"words", "next_word"}
+    assert tokenizer(batch, progress=0.0).losses.keys() == {"shares", "next_word"}
 
 
 def test_frozen_parts_have_no_loss():
     tokenizer = build().train()
     tokenizer.next_word.requires_grad_(False)
     batch = torch.tensor([list(TEXT.encode())], dtype=torch.uint8)
-    assert tokenizer(batch).losses.keys() == {"words", "codes"}
+    assert tokenizer(batch).losses.keys() == {"shares", "codes"}
     tokenizer.requires_grad_(False)
     tokenizer.next_word.requires_grad_(True)
     assert tokenizer(batch).losses.keys() == {"next_word"}
 
 
-def test_a_batch_takes_some_words_at_random():
-    tokenizer = build(batch_words=3)
+def test_codes_start_as_the_vectors_of_pieces():
+    tokenizer = build(stages=1).train()
+    batch = torch.tensor([list(b"|".join([*WORDS, b"|"]))], dtype=torch.uint8)
+    tokenizer.initialise(batch, torch.Generator())
+    tokenizer._start_codes()
+    tokenizer.eval()
+    pieces = tokenizer.pieces
+    codes, _ = tokenizer.codes_of([(False, piece) for piece in pieces.first] + [(True, piece) for piece in pieces.later])
+    later = range(tokenizer.config.starts, tokenizer.config.starts + len(pieces.later))
+    assert codes[:, 0].tolist() == [*range(len(pieces.first)), *later]
+    codebook = tokenizer.quantizers[0].stages[0].codebook
+    before = codebook.clone()
+    tokenizer._start_codes()
+    assert torch.equal(codebook, before)
+
+
+def test_pieces_are_kept_with_the_weights(trained):
+    other = build()
+    assert other.pieces is None
+    other.load_state_dict(trained.state_dict())
+    assert (other.pieces.first, other.pieces.later) == (trained.pieces.first, trained.pieces.later)
+
+
+def test_a_batch_takes_some_words_and_pieces_at_random(trained):
+    tokenizer = build(batch_words=3, batch_pieces=4)
     words = [b"a", b"b", b"c", b"d", b"e", b"a"]
     chosen = [tokenizer._some(words, torch.Generator().manual_seed(seed)) for seed in range(5)]
     assert all(len(set(some)) == 3 and set(some) <= set(words) for some in chosen)
     assert len({tuple(some) for some in chosen}) > 1
     assert tokenizer._some(words[:2], None) == words[:2]
+    assert tokenizer._some_pieces(None) == []
+    tokenizer.load_state_dict(trained.state_dict())
+    pieces = tokenizer.pieces
+    known = {(False, piece) for piece in pieces.first} | {(True, piece) for piece in pieces.later}
+    some = [set(tokenizer._some_pieces(torch.Generator().manual_seed(seed))) for seed in range(20)]
+    assert all(len(one) == 4 and one <= known for one in some)
+    assert {later for one in some for later, _ in one} == {False, True}
+    assert choice(3, 5, None) == [0, 1, 2]
 
 
-def test_a_word_is_right_where_every_byte_wins(trained):
+def test_a_share_is_right_where_every_byte_wins(trained):
     words = Words.of(WORDS, torch.device("cpu"))
-    codes, margins = trained.codes_of(WORDS)
-    nats, again = _read(trained.decoder, trained.decoder.condition(trained.vectors_of(codes).flatten(1)), words)
+    codes, margins = trained.codes_of(keys(*WORDS))
+    nats, again = read(trained.decoder, trained.decoder.condition(trained.vectors_of(codes)), words)
     assert torch.allclose(margins, again, atol=1e-4)
     assert bool((nats[margins < 0] > 0.6).all())

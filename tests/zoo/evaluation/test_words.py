@@ -21,13 +21,15 @@ def test_spread_text_is_whole_lines_of_all_places():
 
 
 def test_words_are_counted():
+    pytest.importorskip("tokenizers.models", reason="HF tokenizers, of the extra bench")
     tokenizer = load("word_pool_nano", local_files_only=True)
-    found = measure(tokenizer, b"the file the \xff")
+    found = measure(tokenizer, b"the file the \xff", train_bpe([b"the"] * 10, 300))
     assert (found.num_bytes, found.words, found.distinct) == (14, 5, 5)
     assert found.right < found.words
-    assert found.frames == found.words
-    row = Measured(1000, 200, 150, 100, 50, 250).row("en", 4, 44.0)
-    assert row == "| en | 1 | 75.00% | 50.00% | 5.00 | 5.00 | 1.00 | 11.00 |"
+    assert found.ids == found.words
+    assert found.bpe_ids == 10
+    row = Measured(1000, 200, 150, 100, 50, 250, 400).row("en", 11.0)
+    assert row == "| en | 1 | 75.00% | 50.00% | 5.00 | 1.25 | 4.00 | 2.50 | 2.75 |"
 
 
 @pytest.fixture(scope="module")

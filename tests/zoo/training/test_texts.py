@@ -151,12 +151,13 @@ def test_a_word_pool_trains_and_resumes(tmp_path):
     values = {
         "architecture": "word_pool",
         "config": {
-            "num_vectors": 2, "stages": 1, "codebook_size": 300, "vector_dim": 8, "byte_dim": 8, "byte_layers": 1,
+            "num_vectors": 2, "stages": 1, "codebook_size": 300, "starts": 20, "vector_dim": 8, "byte_dim": 8, "byte_layers": 1,
             "byte_heads": 2, "queries": 2, "hidden_dim": 16, "blocks": 1, "said_dim": 4, "past_dim": 4, "position_dim": 16,
             "position_blocks": 1, "model_layers": 0, "continuous": 0.0,
         },
         "data": {"media": "texts", "folder": str(root), "window": 256, "eval_bytes": 200, "held_out": 0.3},
-        "output": str(tmp_path / "run"), "batch_size": 2, "log_every": 1, "save_every": 2, "eval_every": 2, "steps": 2,
+        "output": str(tmp_path / "run"), "batch_size": 2, "initialise_items": 8, "log_every": 1,
+        "save_every": 2, "eval_every": 2, "steps": 2,
     }  # fmt: skip
     train(Recipe.from_dict(values))
     train(Recipe.from_dict({**values, "steps": 4}), resume=True)

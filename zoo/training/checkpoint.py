@@ -35,13 +35,17 @@ class AveragedWeights:
 
 @dataclass
 class Checkpoint:
-    """State after `step` optimizer steps. Data and randomness are functions of the step, so they need none."""
+    """State after `step` optimizer steps, and the recipe they were taken by.
+
+    Data and randomness are functions of the step, so they need no state.
+    """
 
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     averaged: dict[str, Tensor]
     adversary: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint; an interruption leaves the one before it."""

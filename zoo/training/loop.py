@@ -5,11 +5,12 @@ resumed takes the very steps of one that was not.
 """
 
 import json
+import logging
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,8 @@ from tokenzoo.training.adversary import Adversary
 from tokenzoo.training.checkpoint import AveragedWeights, Checkpoint
 from tokenzoo.training.recipe import Recipe
 from tokenzoo.training.sources import Source, prepare
+
+log = logging.getLogger("tokenzoo.training")
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -49,7 +52,8 @@ def run_recipe(recipe: str | Path, *, data: Path | None = None, out: Path | None
 def train(recipe: Recipe, tokenizer: Tokenizer | None = None, *, resume: bool = False) -> Path:
     """Trains `tokenizer`, by default the one that the recipe names, until `recipe.steps`, SIGINT or SIGTERM.
 
-    What is frozen in a given `tokenizer` stays so, and `recipe.freeze` freezes more.
+    What is frozen in a given `tokenizer` stays so, and `recipe.freeze` freezes more. A run may be resumed by another recipe;
+    what differs is written to the log.
 
     Returns:
         The folder that `tokenzoo.load` reads the averaged weights from.
@@ -100,6 +104,9 @@ class _Run:
         )
         if self.adversary is not None and checkpoint is not None and checkpoint.step > recipe.adversary.start:
             self.adversary.load_state_dict(checkpoint.adversary)
+        if checkpoint is not None and (changed := _changes(checkpoint.recipe, _values(recipe))):
+            log.warning("resumed by another recipe: %s", changed)
+            self.log({"step": self.step, "recipe": changed})
         self.started, self.logged = time.monotonic(), self.step
         self.sums: dict[str, float] = {}
 
@@ -156,7 +163,7 @@ class _Run:
         self.tokenizer.load_state_dict(current)
         return measured
 
-    def log(self, values: dict[str, float]) -> None:
+    def log(self, values: dict[str, Any]) -> None:
         """Appends one line to the log."""
         if self.accelerator.is_main_process:
             with (self.output / LOG).open("a") as file:
@@ -168,7 +175,8 @@ class _Run:
             state = self.tokenizer.state_dict()
             optimizer = self.optimizer.optimizer.state_dict()
             adversary = self.adversary.state_dict() if self.adversary is not None else {}
-            Checkpoint(self.step, state, optimizer, self.average.values, adversary).save(self.output / CHECKPOINT)
+            found = Checkpoint(self.step, state, optimizer, self.average.values, adversary, _values(self.recipe))
+            found.save(self.output / CHECKPOINT)
 
     def export(self) -> Path:
         """Writes the averaged weights as a folder for `tokenzoo.load`."""
@@ -177,6 +185,20 @@ class _Run:
             self.tokenizer.load_state_dict(self.average.state_dict(self.tokenizer))
             self.tokenizer.eval().save_pretrained(folder)
         return folder
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """What a run depends on, by dotted name: all of the recipe but folders."""
+    nested = json.loads(json.dumps(asdict(recipe)))
+    values = {f"{name}.{key}": v for name, table in nested.items() if isinstance(table, dict) for key, v in table.items()}
+    values |= {name: value for name, value in nested.items() if not isinstance(value, dict)}
+    return {name: value for name, value in values.items() if name not in ("output", "data.folder")}
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The old and the new value of what differs; nothing for checkpoints that say nothing."""
+    names = sorted(before.keys() | now.keys()) if before else []
+    return {name: [before.get(name), now.get(name)] for name in names if before.get(name) != now.get(name)}
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -41,6 +41,17 @@ def test_stopped_and_resumed_equals_never_stopped(recipe, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
 
 
+def test_what_another_recipe_changes_is_logged(recipe, caplog):
+    train(replace(recipe, steps=2))
+    train(replace(recipe, steps=2), resume=True)
+    assert "another recipe" not in caplog.text
+    train(replace(recipe, steps=3, learning_rate=recipe.learning_rate / 2), resume=True)
+    lines = [json.loads(line) for line in (Path(recipe.output) / loop.LOG).read_text().splitlines()]
+    changed = next(line["recipe"] for line in lines if "recipe" in line)
+    assert changed == {"learning_rate": [recipe.learning_rate, recipe.learning_rate / 2], "steps": [2, 3]}
+    assert "another recipe" in caplog.text
+
+
 def test_a_signal_saves_and_ends_the_run(recipe, monkeypatch):
     advance = loop._Run.advance
 

@@ -328,12 +328,16 @@ class VQToken(Tokenizer):
         del generator
         if isinstance(self.projector, Whitening):
             frames = items.flatten(0, 1) if items.dim() == 5 else items
-            size = (self.config.image_size,) * 2
-            scaled = (frame[None].float() / (255 if frame.dtype == torch.uint8 else 1) for frame in frames)
-            self.projector.fit(
-                self._look(frame if frame.shape[2:] == size else F.interpolate(frame, size, mode="bicubic").clamp(0, 1))
-                for frame in scaled
-            )
+            scale = 255 if frames.dtype == torch.uint8 else 1
+            self.projector.fit(self._look(self.sized(frame[None].float() / scale)) for frame in frames)
+
+    def sized(self, frames: Tensor) -> Tensor:
+        """Frames `[..., 3, H, W]` in [0, 1] at the tower's size."""
+        size = (self.config.image_size,) * 2
+        if frames.shape[-2:] == size:
+            return frames
+        pictures = F.interpolate(frames.flatten(0, -4), size, mode="bicubic", antialias=True)
+        return pictures.clamp(0, 1).unflatten(0, frames.shape[:-3])
 
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
         parts = [self.group(self.features(clip), clusters=length, seed=seed) for clip in batch]
@@ -397,7 +401,7 @@ class VQToken(Tokenizer):
         if self.training:
             tokens: Tensor = self.attention(ids, codebook)
             return tokens
-        exact = {name: tensor.double() for name, tensor in self.attention.state_dict().items()}
+        exact = {name: tensor.double() for name, tensor in self.attention.named_parameters()}
         tokens = torch.func.functional_call(self.attention, exact, (ids, codebook.double()))
         return tokens.to(codebook.dtype)
 
@@ -426,21 +430,23 @@ class VQToken(Tokenizer):
         The tower learns by masked autoencoding of single frames.
 
         Args:
-            batch: Clips `[B, T, 3, H, W]`, or for the tower also pictures `[B, 3, H, W]`, in [0, 1].
+            batch: Clips `[B, T, 3, H, W]`, or for the tower also pictures `[B, 3, H, W]`, in [0, 1]; of any size.
             progress: Not used.
-            generator: Of the hidden patches, or of the first centroids.
+            generator: Of the hidden patches, or of the first centroids and, where the config leaves it to the clip, of K.
         """
         del progress
+        batch = self.sized(batch)
         if self.autoencoder is not None:
             frames = self._normalized(batch.flatten(0, 1) if batch.dim() == 5 else batch)
             return Output(None, {"hidden_patches": self.autoencoder(self.tower, frames, generator)})
-        seed = int(torch.randint(1 << 31, (), generator=generator))
-        return Output(None, {"readout": torch.stack([self._readout(clip, seed) for clip in batch]).mean()})
+        return Output(None, {"readout": torch.stack([self._readout(clip, generator) for clip in batch]).mean()})
 
-    def _readout(self, clip: Tensor, seed: int) -> Tensor:
+    def _readout(self, clip: Tensor, generator: torch.Generator | None) -> Tensor:
+        most, seed = self.config.clusters, int(torch.randint(1 << 31, (), generator=generator))
+        clusters = int(torch.randint(self.config.fewest_clusters or most, most + 1, (), generator=generator))
         with torch.no_grad():
             features = self.features(clip)
-            ids, codebook = self.group(features, seed=seed)
+            ids, codebook = self.group(features, clusters=clusters, seed=seed)
         return (
             1
             - F.cosine_similarity(

@@ -27,7 +27,7 @@ from tokenzoo.training.sources import Videos, prepare_videos
 
 SIZES = (12, 16, 32)
 ADAPTIVE = (12, 32)
-_FITTED_TO = 64
+_FITTED_TO = 24
 _PLACE_FRAMES = 6
 _PLACE_CLUSTERS = 16
 

@@ -29,9 +29,10 @@ from torch.nn import functional as F
 
 from tokenzoo.encoders.causal_transformer import CausalTransformer
 from tokenzoo.tokenizers.files import replacing, write_atomically
+from tokenzoo.tokenizers.text._word_config import WordPoolConfig
 from tokenzoo.tokenizers.text._words import RAW, ROWS
 from tokenzoo.tokenizers.text.splitters import words_of
-from tokenzoo.tokenizers.text.word_pool import WordPool, WordPoolConfig
+from tokenzoo.tokenizers.text.word_pool import WordPool
 from tokenzoo.training.recipe import Recipe, TextsRecipe
 from tokenzoo.training.sources import prepare_texts
 from tokenzoo.training.texts import TextStore, WindowSampler

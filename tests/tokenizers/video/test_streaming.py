@@ -81,6 +81,15 @@ def test_latency_of_the_published_network_that_looks_ahead():
     assert steps[14:] == [1] * 18
 
 
+def test_latency_of_the_published_networks_that_interpolate():
+    """Every step is answered when it is full, and the decoder is 6 frames late: two stages each wait for a neighbour."""
+    tok = VidTok(VidTokConfig(version="v1.1", channels=4)).eval()
+    stream = tok.stream(frames=40)
+    steps = [stream.encode(clip(1, 8, 8)) for _ in range(24)]
+    assert [len(ids) for ids in steps] == [0, 0, 0, 1] * 6
+    assert [len(stream.decode(ids)) for ids in steps if len(ids)] == [4, 0, 2, 4, 4, 4]
+
+
 def test_a_stream_begins_anew_after_the_last(tok):
     stream = tok.stream(**told(tok, 9))
     found = []

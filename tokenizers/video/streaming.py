@@ -23,7 +23,7 @@ class ClipStream:
     What comes in is answered as soon as it is certain. A causal tokenizer whose first frame makes a step of the grid by itself
     (Cosmos, VidTok v1.0) answers that frame at once, and then every `frame_stride` frames with a step: a frame waits for at
     most `frame_stride - 1` later ones, and decoding a step gives all of its frames at once. A network that looks ahead answers
-    that much later (VidTok's non-causal ones have their first step with the 60th frame or later), and `last` brings out the rest.
+    that much later (VidTok's non-causal ones begin with the 60th frame or later), and `last` brings out the rest.
 
     Attributes:
         tokenizer: Whose stream this is.

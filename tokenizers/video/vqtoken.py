@@ -443,7 +443,8 @@ class VQToken(Tokenizer):
 
     def _readout(self, clip: Tensor, generator: torch.Generator | None) -> Tensor:
         most, seed = self.config.clusters, int(torch.randint(1 << 31, (), generator=generator))
-        clusters = int(torch.randint(self.config.fewest_clusters or most, most + 1, (), generator=generator))
+        fewest = min(most, max(self.config.fewest_clusters or most, len(clip)))
+        clusters = int(torch.randint(fewest, most + 1, (), generator=generator))
         with torch.no_grad():
             features = self.features(clip)
             ids, codebook = self.group(features, clusters=clusters, seed=seed)

@@ -224,6 +224,17 @@ def test_training_moves_the_attention_and_nothing_else():
     assert {k for k in before if not torch.equal(after[k], before[k])} == {k for k in before if k.startswith("attention.")}
 
 
+def test_training_draws_as_many_clusters_as_there_are_frames_or_more():
+    tok = tiny(fewest_clusters=4).train()
+    seen = []
+    hook = tok.attention.register_forward_hook(lambda module, inputs, output: seen.append([len(x) for x in inputs]))
+    for seed in range(12):
+        tok(torch.rand(1, 8, 3, 40, 40), generator=torch.Generator().manual_seed(seed))
+    hook.remove()
+    assert {frames for frames, _ in seen} == {8}
+    assert {clusters for _, clusters in seen} == {8, 9, 10}
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 3, 80, 80), (12, 3, 80, 80)])
 def test_masked_autoencoding_trains_the_tower_on_clips_and_on_pictures(shape):
     tok = tiny(hidden=0.75, tokens="centroid").train()

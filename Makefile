@@ -1,7 +1,8 @@
 # The verbs: make demo, make test, make style, make bench. Each makes its virtual environment first.
 # "make bench" compares with FAISS, vector-quantize-pytorch, transformers, regex, tiktoken and tokenizers, and whole tokenizers
 # with PEER=file.py; see benchmarks/encode.py for what that file has to offer. Codecs are compared with transformers and snac,
-# WavTokenizer with AUDIO_PEER=file.py (benchmarks/audio.py). Its reports go to OUT; REPORTS=kernels/benchmarks replaces ours.
+# WavTokenizer with AUDIO_PEER=file.py (benchmarks/audio.py), Cosmos and VidTok with VIDEO_PEER=file.py (benchmarks/clips.py).
+# Its reports go to OUT; REPORTS=kernels/benchmarks replaces ours.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,6 +12,7 @@ TORCH ?=
 OUT ?= out
 CODECS ?= encodec_24khz.meta encodec_48khz.meta dac_16khz.descript dac_24khz.descript dac_44khz.descript mimi.kyutai \
 	snac_24khz.siuzdak snac_32khz.siuzdak snac_44khz.siuzdak wavtokenizer_small_320.libritts wavtokenizer_large_600.unify
+CLIPS ?= cosmos_dv8x8x8.v0_1 vidtok_causal_488_262144.v1_0
 REPORTS ?= $(OUT)
 
 .PHONY: demo test style bench clean
@@ -54,6 +56,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/video.py --out $(REPORTS)/video.json
 	$(BIN)/python benchmarks/encode.py one_d_piece_s.in1k_256 titok_b64.in1k $(if $(PEER),--peer $(PEER))
 	$(BIN)/python benchmarks/audio.py $(CODECS) --json $(REPORTS)/audio.json $(if $(AUDIO_PEER),--peer $(AUDIO_PEER))
+	$(BIN)/python benchmarks/clips.py $(CLIPS) --json $(REPORTS)/clips.json $(if $(VIDEO_PEER),--peer $(VIDEO_PEER))
 
 clean:
 	rm -rf $(VENV) build out *.egg-info

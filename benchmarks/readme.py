@@ -76,6 +76,17 @@ def audio() -> str:
     return "\n".join(lines)
 
 
+def clips() -> str:
+    """The video benchmark's report."""
+    lines = ["| tokenizer | encode | decode | frames encoded and decoded per second |", "|---|---|---|---|"]
+    for row in json.loads((ROOT / "benchmarks" / "clips.json").read_text()):
+        clock = {name: f"{ratios[0]:.2f}" for name, ratios in row["ratio"].items()}
+        speed = {name: f"{value:.1f}" for name, value in row["frames_per_second"].items()}
+        what = f"{row['frames']} frames of {row['size']} x {row['size']}"
+        lines.append(f"| `{row['name']}` | {clock['encode']} | {clock['decode']} | {speed['encode']}, {speed['decode']} ({what}) |")
+    return "\n".join(lines)
+
+
 def block(text: str, name: str) -> str:
     """What stands between the markers of this name."""
     match = re.search(f"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
@@ -97,6 +108,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "nano": nano,
         "encode": encode,
         "audio": audio,
+        "clips": clips,
         "lookup": partial(kernels, "short_table", "report.json"),
         "splitters": splitters,
     },

@@ -6,11 +6,12 @@ positions that they have in the published state dicts, activations included.
 Shapes: B batch, C audio channels, D width of the latents, S samples, T frames.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
-from tokenzoo.encoders.streaming import Chain, Conv1d, ConvTranspose1d, PadMode, Residual, SkipLSTM
+from tokenzoo.encoders.streaming import FINE_VALUES, Chain, Conv1d, ConvTranspose1d, PadMode, Residual, SkipLSTM
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,22 @@ class SEANet:
             layers += [self._unit(width), nn.ELU(inplace=True), self._conv(width, 2 * width, 2 * stride, stride)]
             width *= 2
         layers += self._lstm(width)
-        return Chain([*layers, nn.ELU(inplace=True), self._conv(width, self.dim, self.last_kernel)])
+        layers += [nn.ELU(inplace=True), self._conv(width, self.dim, self.last_kernel)]
+        stride = math.prod(self.ratios[-2:])  # two stages are fine: a convolution, and three layers each
+        return Chain(layers, fine=slice(7), steps=FINE_VALUES // (self.filters * stride) * stride)
 
     def decoder(self) -> Chain:
         """Latents `[B, D, T]` to audio `[B, C, T * hop]`, not limited to [-1, 1]."""
         width = self.filters * 2 ** len(self.ratios)
         layers = [self._conv(self.dim, width, self.kernel), *self._lstm(width)]
+        coarse = len(layers) + 3 * max(0, len(self.ratios) - 2)
         for stride in self.ratios:
             up = ConvTranspose1d(width, width // 2, 2 * stride, stride=stride, causal=self.causal, norm=self.norm)
             width //= 2
             layers += [nn.ELU(inplace=True), up, self._unit(width)]
-        return Chain([*layers, nn.ELU(inplace=True), self._conv(width, self.channels, self.last_kernel)])
+        layers += [nn.ELU(inplace=True), self._conv(width, self.channels, self.last_kernel)]
+        steps = FINE_VALUES // (self.filters * math.prod(self.ratios[-2:]))
+        return Chain(layers, fine=slice(coarse, None), steps=steps)
 
     def _conv(self, inside: int, outside: int, kernel: int, stride: int = 1, elu: bool = False) -> nn.Module:
         return Conv1d(

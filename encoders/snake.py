@@ -6,13 +6,14 @@ have in the published state dicts.
 Shapes: B batch, C channels, D width of the latents, S samples, T steps.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenzoo.encoders.streaming import Chain, Conv1d, ConvTranspose1d, Residual, State, Streamed, join
+from tokenzoo.encoders.streaming import FINE_VALUES, Chain, Conv1d, ConvTranspose1d, Residual, State, Streamed, join
 
 _DILATIONS = (1, 3, 9)
 _NOISE_BLOCK = 4096
@@ -138,6 +139,8 @@ def snake_encoder(width: int, strides: Sequence[int], latent_dim: int, *, depthw
         window: Of the attention behind the stages; 0 for none.
     """
     layers: list[nn.Module] = [Conv1d(1, width, 7)]
+    stride = math.prod(strides[:2])
+    steps = FINE_VALUES // (width * stride) * stride
     for stride in strides:
         units = [_unit(width, dilation, depthwise) for dilation in _DILATIONS]
         layers.append(Chain([*units, Snake(width), Conv1d(width, 2 * width, 2 * stride, stride=stride)]))
@@ -145,8 +148,10 @@ def snake_encoder(width: int, strides: Sequence[int], latent_dim: int, *, depthw
     if window:
         layers.append(LocalAttention(width, window))
     if depthwise:
-        return Chain([*layers, Conv1d(width, latent_dim, 7, groups=width)])
-    return Chain([*layers, Snake(width), Conv1d(width, latent_dim, 3)])
+        layers.append(Conv1d(width, latent_dim, 7, groups=width))
+    else:
+        layers += [Snake(width), Conv1d(width, latent_dim, 3)]
+    return Chain(layers, fine=slice(3), steps=steps)  # the first convolution and two stages
 
 
 def snake_decoder(
@@ -176,12 +181,14 @@ def snake_decoder(
         layers = [Conv1d(latent_dim, width, 7)]
     if window:
         layers.append(LocalAttention(width, window))
+    coarse = len(layers) + max(0, len(strides) - 2)
     for stride in strides:
         up = ConvTranspose1d(width, width // 2, 2 * stride, stride=stride, symmetric=symmetric)
         width //= 2
         between = [NoiseInjection(width)] if noise else []
         layers.append(Chain([Snake(2 * width), up, *between, *(_unit(width, d, depthwise) for d in _DILATIONS)]))
-    return Chain([*layers, Snake(width), Conv1d(width, 1, 7), nn.Tanh()])
+    layers += [Snake(width), Conv1d(width, 1, 7), nn.Tanh()]
+    return Chain(layers, fine=slice(coarse, None), steps=FINE_VALUES // (width * math.prod(strides[-2:])))
 
 
 def _unit(width: int, dilation: int, depthwise: bool) -> Residual:

@@ -206,18 +206,20 @@ class Snac(Codec):
 
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
         del length, seed
-        parts: list[list[Tensor]] = []
-        together, waiting = math.lcm(*self.config.strides), None
+        strides = self.config.strides
+        num_frames = -(-batch.shape[-1] // self.multiple) * self.config.frames_together
+        lengths = torch.tensor([num_frames // stride for stride in strides], device=batch.device)
+        ids = lengths.new_zeros(len(batch), len(strides), num_frames // min(strides))
+        together, waiting, at = math.lcm(*strides), None, 0
         for latents in self._latents(batch):
             waiting = latents if waiting is None else torch.cat([waiting, latents], -1)
             whole = waiting.shape[-1] // together * together
-            if whole:
-                parts.append(self.quantizer.ids(waiting[..., :whole].mT))
-            waiting = waiting[..., whole:]
-        ids = [torch.cat(sequence, -1) for sequence in zip(*parts, strict=True)]
-        width = max(sequence.shape[1] for sequence in ids)
-        padded = torch.stack([F.pad(sequence, (0, width - sequence.shape[1])) for sequence in ids], 1)
-        return Codes(padded, torch.tensor([sequence.shape[1] for sequence in ids], device=batch.device).expand(len(batch), -1))
+            found = self.quantizer.ids(waiting[..., :whole].mT) if whole else []
+            for k, part in enumerate(found):
+                start = at // strides[k]
+                ids[:, k, start : start + part.shape[1]] = part
+            waiting, at = waiting[..., whole:].clone(), at + whole
+        return Codes(ids, lengths.expand(len(batch), -1))
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         del extras

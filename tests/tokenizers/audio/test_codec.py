@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tokenzoo.encoders.streaming import Chain
 from tokenzoo.tokenizers import MediaError, Tokens, TokensError, WrongTokenizerError
 
 
@@ -74,10 +77,58 @@ def test_pieces_give_the_ids_and_samples_of_the_whole(codec, samples):
     codec.piece = 1e6
     whole = codec.encode(wave)
     audio = codec.decode(whole)[0]
-    for frames in (1, 2, 5):
+    for frames, steps in ((1, 1000), (2, 7), (5, 2)):
         codec.piece = frames / codec.frame_rate
+        for chain in (module for module in codec.modules() if isinstance(module, Chain)):
+            chain.steps = steps  # that its fine layers get at a time
         assert codec.encode(wave).equal(whole)
         torch.testing.assert_close(codec.decode(whole)[0], audio, rtol=0, atol=1e-5)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operators returned and that are still alive; `peak` is their most at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def forget(self, key):
+        self.now -= self.alive.pop(key)
+
+
+def most_bytes(function, argument):
+    with LiveBytes() as bytes_:
+        result = function(argument)
+    return bytes_.peak, result
+
+
+def test_a_longer_recording_takes_no_more_memory_than_its_ids_and_samples(codec, monkeypatch):
+    monkeypatch.setattr("tokenzoo.tokenizers.audio.codec._FRAMES_TOGETHER", 10)
+    codec.piece, codec.window, codec.overlap = 5 / codec.frame_rate, 10 / codec.frame_rate, 2 / codec.frame_rate
+    short, long = noise(codec, 800), noise(codec, 6400)
+    codec.encode(long)  # what is kept from the first call on is none of theirs
+    encoding, decoding, tokens = [], [], []
+    for wave in (short, long):
+        peak, made = most_bytes(codec.encode, wave)
+        encoding.append(peak)
+        tokens.append(made)
+        peak, _ = most_bytes(codec.decode, made)
+        decoding.append(peak)
+    ids = tokens[1].ids.nbytes - tokens[0].ids.nbytes
+    samples = (long.numel() - short.numel()) * long.element_size()
+    assert encoding[1] - encoding[0] < 2 * samples + 1.2 * ids + 4096  # the recording counts as a tensor and as an array
+    assert decoding[1] - decoding[0] < 1.2 * samples + 2 * ids + 4096  # ids are compared with their bounds
 
 
 def test_saved_tokens_decode_alike(codec, tmp_path):

@@ -82,8 +82,8 @@ def clips() -> str:
     for row in json.loads((ROOT / "benchmarks" / "clips.json").read_text()):
         clock = {name: f"{ratios[0]:.2f}" for name, ratios in row["ratio"].items()}
         speed = {name: f"{value:.1f}" for name, value in row["frames_per_second"].items()}
-        what = f"{row['frames']} frames of {row['size']} x {row['size']}"
-        lines.append(f"| `{row['name']}` | {clock['encode']} | {clock['decode']} | {speed['encode']}, {speed['decode']} ({what}) |")
+        both = f"{speed['encode']}, {speed['decode']} ({row['size']} x {row['size']} pixels)"
+        lines.append(f"| `{row['name']}` | {clock['encode']} | {clock['decode']} | {both} |")
     return "\n".join(lines)
 
 

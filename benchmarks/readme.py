@@ -66,6 +66,15 @@ def splitters() -> str:
     return "\n".join([*lines, "", f"{megabytes}, {report['machine']}, {report['kernels']}."])
 
 
+def words() -> str:
+    """The report of the words' benchmark: megabytes of text encoded per second of the clock."""
+    report = json.loads((ROOT / "benchmarks" / "words.json").read_text())
+    lines = ["| | MB/s |", "|---|---:|"]
+    lines += [f"| {name} | {clock:.3g} |" for name, (_, clock) in report["megabytes_per_second"].items()]
+    made = f"{report['bytes'] / 1e6:.1f} MB of code and of ten languages, {report['threads']} threads, by the clock."
+    return "\n".join([*lines, "", made])
+
+
 def audio() -> str:
     """The audio benchmark's report."""
     lines = ["| codec | encode | decode | seconds of audio encoded and decoded per second |", "|---|---|---|---|"]
@@ -111,6 +120,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "clips": clips,
         "lookup": partial(kernels, "short_table", "report.json"),
         "splitters": splitters,
+        "words": words,
     },
     "kernels/benchmarks/README.md": {
         "lookup": partial(kernels, "lookup_table", "report.json"),

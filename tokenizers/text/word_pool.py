@@ -264,12 +264,15 @@ class WordPool(TextTokenizer):
         known = self._known
         unknown = [word for word in dict.fromkeys(words) if word not in known]
         readable = [word for word in unknown if is_utf8(word)] if self.config.stages else []
-        known.update((word, raw_frames(word, self.num_codebooks, self.codes).tobytes()) for word in unknown)
         cuts = [[(at > 0, share) for at, share in enumerate(shares)] for shares in self.shares(readable)]
         frames = self._share_frames(key for keys in cuts for key in keys)
         for word, keys in zip(readable, cuts, strict=True):
-            if all(frames[key] for key in keys):
-                known[word] = b"".join([frames[key] for key in keys])
+            mine = [frames[key] for key in keys]
+            if all(mine):
+                known[word] = b"".join(mine)
+        for word in unknown:
+            if word not in known:
+                known[word] = raw_frames(word, self.num_codebooks, self.codes).tobytes()
         return known
 
     def _share_frames(self, keys: Iterable[Key]) -> dict[Key, bytes]:

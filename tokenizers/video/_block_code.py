@@ -39,12 +39,13 @@ def block_transform(frames: int, side: int, luma: float, chroma: float) -> Tenso
     Of coefficients at frequencies (f, u, v) those with `(2 f)^2 + u^2 + v^2` below the square of a radius are kept, `luma` or
     `chroma`.
     """
-    colours = F.normalize(torch.tensor(_COLOUR_AXES, dtype=torch.float64), dim=1)
-    basis = torch.einsum("ft,kc,uy,vx->fkuvtcyx", cosines(frames), colours, cosines(side), cosines(side))
-    f, u, v = torch.meshgrid(torch.arange(frames), torch.arange(side), torch.arange(side), indexing="ij")
-    distance = ((2 * f) ** 2 + u**2 + v**2).sqrt()
-    kept = torch.stack([distance < radius for radius in (luma, chroma, chroma)], 1)
-    return basis[kept].flatten(1).float()
+    with torch.device("cpu"):  # the result is kept, so it must not follow where a network is being built
+        colours = F.normalize(torch.tensor(_COLOUR_AXES, dtype=torch.float64), dim=1)
+        basis = torch.einsum("ft,kc,uy,vx->fkuvtcyx", cosines(frames), colours, cosines(side), cosines(side))
+        f, u, v = torch.meshgrid(torch.arange(frames), torch.arange(side), torch.arange(side), indexing="ij")
+        distance = ((2 * f) ** 2 + u**2 + v**2).sqrt()
+        kept = torch.stack([distance < radius for radius in (luma, chroma, chroma)], 1)
+        return basis[kept].flatten(1).float()
 
 
 class BlockCode(nn.Module):

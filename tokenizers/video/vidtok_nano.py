@@ -31,7 +31,7 @@ from tokenzoo.tokenizers.video.pixels import GridVideo
 
 SIDE, FRAMES = 8, 4
 _BITS = 18
-_MOTIONS_TRIED = 2
+_MOTIONS_TRIED = 4
 _GREY = 0.5
 
 

@@ -14,7 +14,7 @@ snac, where these are installed. For what they do not have, the peer is a file o
 
 Rounds and ratios as in `encode.py`: medians of peer time / our time, by the clock and by processor time. `speed` is seconds of
 audio per second. Where ids or audio differ there is nothing to compare, and the benchmark says so. With `--memory HOURS` the
-peak resident memory of encoding and decoding that much noise is measured instead: all that this process holds, Python,
+peak resident memory of encoding and then decoding that much noise is measured instead: all that this process holds, Python,
 torch, the weights, the recording and its reconstruction included.
 """
 
@@ -102,11 +102,20 @@ def measure_memory(name: str, hours: float) -> dict[str, Any]:
     samples = round(hours * 3600 * codec.sample_rate)
     wave = torch.rand(codec.channels, samples, generator=torch.Generator().manual_seed(1)).sub_(0.5)
     tokens = codec.encode((wave, codec.sample_rate))
-    encoded = _peak()
+    memory = {"hours": hours, "encode_gb": _peak()}
+    print(json.dumps({"name": name, "memory": memory}), flush=True)
     del wave
     (audio,) = codec.decode(tokens)
     assert audio.shape == (codec.channels, samples)
-    return {"name": name, "hours": hours, "encode_gb": encoded, "decode_gb": _peak()}
+    return {"name": name, "memory": memory | {"decode_gb": _peak()}}
+
+
+def merge(results: list[dict[str, Any]], file: Path) -> None:
+    """Writes results to a report, over those of the same codecs: speed and memory are measured in processes of their own."""
+    rows = {row["name"]: row for row in json.loads(file.read_text())} if file.exists() else {}
+    for result in results:
+        rows[result["name"]] = rows.get(result["name"], {}) | result
+    file.write_text(json.dumps(list(rows.values()), indent=2) + "\n")
 
 
 def _peak() -> float:
@@ -121,7 +130,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", type=float, help="hours of audio whose peak memory to measure instead; one name only")
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--json", type=Path, help="write the results here too, over earlier ones of the same codecs")
     options = parser.parse_args()
     if options.memory is not None:
         if len(options.names) > 1:
@@ -138,7 +147,7 @@ def main() -> None:
                 print(f"{name:32} {contender:14} {speed:12.1f} {clock:>17} {processor:>10}")
             sys.stdout.flush()
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        merge(results, options.json)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,8 @@ def _joined(parts: Iterable[Tensor], rows: int, steps: int) -> Tensor:
 def _gathered(parts: Iterable[Tensor]) -> Iterator[Tensor]:
     """Parts `[B, D, T]` joined in groups, since quantizers read all of their codebooks at every call.
 
-    All groups are in one buffer, step by step in memory: each is used up before the next is asked for.
+    The first part goes by itself, so that quantizers pack their codebooks before the memory that pieces take is laid out. All
+    other groups are in one buffer, step by step in memory: each is used up before the next is asked for.
     """
     group, size = None, 0
     for part in parts:
@@ -232,11 +233,13 @@ def _gathered(parts: Iterable[Tensor]) -> Iterator[Tensor]:
         if size and size + steps > _FRAMES_TOGETHER:
             yield group[..., :size]
             size = 0
+        if group is None:
+            group = part.new_empty(batch, _FRAMES_TOGETHER, dim).mT
+            yield part
+            continue
         if steps >= _FRAMES_TOGETHER:
             yield part
             continue
-        if group is None:
-            group = part.new_empty(batch, _FRAMES_TOGETHER, dim).mT
         group[..., size : size + steps] = part
         size += steps
     if size:

@@ -266,7 +266,7 @@ class Mimi(Codec):
     adapters: ClassVar[Mapping[str, Adapter]] = {"transformers": TRANSFORMERS, "original": ORIGINAL}
     config: MimiConfig
     quantizer: SplitQuantizer
-    piece: float = 5.0
+    piece: float = 2.56
 
     def __init__(self, config: MimiConfig) -> None:
         super().__init__(config, sample_rate=config.sample_rate, hop=config.hop, multiple=config.hop)

@@ -8,7 +8,7 @@ import torch
 import torchaudio
 
 from tokenzoo.tokenizers import MediaError
-from tokenzoo.tokenizers.waveforms import Audio, read_audio, resampled_length
+from tokenzoo.tokenizers.waveforms import Audio, read_audio, resample, resampled_length
 
 
 def tone(samples=1000, rate=16000, channels=1):
@@ -162,3 +162,12 @@ def test_damaged_and_misplaced_files_are_refused(tmp_path):
     empty = encoded(torch.zeros(1, 0), 16000, "WAV", "PCM_16")
     with pytest.raises(MediaError, match="no samples"):
         read_audio(empty)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
+@pytest.mark.parametrize("samples", [1001, 2000, 7777])
+def test_long_recordings_are_resampled_in_pieces(rate, samples, monkeypatch):
+    wave = tone(samples, rate, 2)
+    whole = resample(wave, rate, 24000)
+    monkeypatch.setattr("tokenzoo.tokenizers.waveforms._RESAMPLED_AT_ONCE", 1000)
+    torch.testing.assert_close(resample(wave, rate, 24000), whole, rtol=0, atol=1e-5)

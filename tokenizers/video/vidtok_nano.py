@@ -32,6 +32,7 @@ from tokenzoo.tokenizers.video.pixels import GridVideo
 SIDE, FRAMES = 8, 4
 _BITS = 18
 _MOTIONS_TRIED = 4
+_FITTED_AT_ONCE = 32
 _GREY = 0.5
 
 
@@ -370,29 +371,32 @@ class VidTokNano(GridVideo):
 
 
 def fit_loop(loop: ClosedLoop, clips: Tensor, reach: int, generator: torch.Generator) -> None:
-    """Estimates the codes of a loop whose refiners are the identity: step by step, then twice from all steps in the loop."""
-    frames = _steps(clips, False)
+    """Estimates the codes of a loop around its refiners as they are: step by step, then twice from all steps in the loop."""
     first = torch.cat([first_blocks(_floats(clips[:, at])).flatten(0, 2) for at in (0, clips.shape[1] // 2)])
     loop.first.fit(first, generator)
     loop.motions.copy_(_frequent_motions(clips, len(loop.motions), reach))
+    first_step, *steps = _steps(clips, False)
     for fresh in (True, False, False):
         kept: list[tuple[Tensor, Tensor]] = []
-        before = loop.decode_first(loop.encode_first(_floats(clips[:, 0])))[:, 0].clamp(0, 1)
-        for step in frames[1:]:
-            pairs = [
-                _still_and_moving(loop, _floats(part), last)
-                for part, last in zip(step.split(32), before.split(32), strict=True)
-            ]
+        before = _last_frames(loop, first_step, None)
+        for step in steps:
+            batches = zip(step.split(_FITTED_AT_ONCE), before.split(_FITTED_AT_ONCE), strict=True)
+            pairs = [_still_and_moving(loop, _floats(part), last) for part, last in batches]
             kept.append((torch.cat([still for still, _ in pairs]), torch.cat([moving for _, moving in pairs])))
             if fresh and len(kept) == 1:
                 _fit_pair(loop, kept, generator, fresh=True)
-            before = torch.cat(
-                [
-                    loop.decode_step(loop.encode_step(_floats(part), last), last)[:, -1].clamp(0, 1)
-                    for part, last in zip(step.split(32), before.split(32), strict=True)
-                ]
-            )
+            before = _last_frames(loop, step, before)
         _fit_pair(loop, kept, generator, fresh=fresh)
+
+
+def _last_frames(loop: ClosedLoop, step: Tensor, before: Tensor | None) -> Tensor:
+    """What the last frames of a step, uint8 `[N, T, 3, H, W]`, are decoded to."""
+    found = []
+    for at in range(0, len(step), _FITTED_AT_ONCE):
+        last = None if before is None else before[at : at + _FITTED_AT_ONCE]
+        words = loop.encoded(_floats(step[at : at + _FITTED_AT_ONCE]), last)
+        found.append(loop.decoded(words, last)[:, -1].clamp(0, 1))
+    return torch.cat(found)
 
 
 def _fit_pair(loop: ClosedLoop, kept: list[tuple[Tensor, Tensor]], generator: torch.Generator, *, fresh: bool) -> None:

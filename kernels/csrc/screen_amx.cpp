@@ -49,35 +49,35 @@ inline void split(__m512 first, __m512 second, float* high, float* low) {
 
 // Scores of SCREEN_ROWS rows and two panels, [row tile][panel][row][code].
 inline void score(const float* rows, const float* panels, const float* bias, int64_t steps, float* scores) {
-  const float* rows2 = rows + 2 * steps * SCREEN_TILE;
-  const float* panels2 = panels + 2 * steps * SCREEN_TILE;
+  const int64_t width = 2 * steps * SCREEN_TILE;
+  const auto load_rows = [&](int64_t at) {
+    _tile_loadd(4, rows + at, 64);
+    _tile_loadd(5, rows + width + at, 64);
+  };
+  const auto load_panels = [&](int64_t at) {
+    _tile_loadd(6, panels + at, 64);
+    _tile_loadd(7, panels + width + at, 64);
+  };
+  const auto multiply = [] {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  };
   _tile_loadd(0, bias, 0);
   _tile_loadd(1, bias + PANEL, 0);
   _tile_loadd(2, bias, 0);
   _tile_loadd(3, bias + PANEL, 0);
-  for (int64_t step = 0; step < 2 * steps * SCREEN_TILE; step += 2 * SCREEN_TILE) {
-    _tile_loadd(4, rows + step, 64);
-    _tile_loadd(5, rows2 + step, 64);
-    _tile_loadd(6, panels + step, 64);
-    _tile_loadd(7, panels2 + step, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(6, panels + step + SCREEN_TILE, 64);
-    _tile_loadd(7, panels2 + step + SCREEN_TILE, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(4, rows + step + SCREEN_TILE, 64);
-    _tile_loadd(5, rows2 + step + SCREEN_TILE, 64);
-    _tile_loadd(6, panels + step, 64);
-    _tile_loadd(7, panels2 + step, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+  for (int64_t high = 0; high < width; high += 2 * SCREEN_TILE) {
+    const int64_t low = high + SCREEN_TILE;
+    load_rows(high);
+    load_panels(high);
+    multiply();
+    load_panels(low);
+    multiply();
+    load_rows(low);
+    load_panels(high);
+    multiply();
   }
   _tile_stored(0, scores, 64);
   _tile_stored(1, scores + SCREEN_TILE, 64);

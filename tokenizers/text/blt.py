@@ -7,7 +7,9 @@ entropy model and the rules by which entropies become patches are here; the late
 
 Position 0 is a mark, the text's bytes are 1 to N, and H(p) is the entropy, in nats, of the model's guess at byte p + 1. The
 first byte starts a patch; byte p + 1 does where H(p) is above `threshold` (rule `global`), or rises by more than `rise` too
-(`global_monotonic`), or rises by more than `threshold` (`monotonic`). As published, the latter two start one at byte 2.
+(`global_monotonic`), or rises by more than `threshold` (`monotonic`). As published, the latter two start one at byte 2. Rule
+`top_k` knows the whole text: it has `N // patch_size` patches, of which the mark is one and the first byte starts another; the
+others start at the bytes about which the model is least sure, the earlier of two that are equal.
 
 What differs: every text is read by itself (published: the rows of a batch are one long text, and change each other's patches),
 with the window that the model was trained with whatever runs the attention, and without starting anew every 8,192 bytes.
@@ -52,10 +54,11 @@ class BLTConfig(TokenizerConfig):
         window: Bytes that a byte attends to, itself included.
         rope_theta: Base of the rotary positions.
         norm_eps: Of the RMS norms.
-        rule: How entropies become patches: `global`, `monotonic` or `global_monotonic`.
+        rule: How entropies become patches: `global`, `monotonic`, `global_monotonic` or `top_k`.
         threshold: In nats.
         rise: In nats, for `global_monotonic`.
         longest: Longer patches are cut after so many bytes; `None` for no limit.
+        patch_size: Bytes of a patch on average, for `top_k`.
     """
 
     dim: int = 768
@@ -65,15 +68,18 @@ class BLTConfig(TokenizerConfig):
     window: int = 512
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    rule: Literal["global", "monotonic", "global_monotonic"] = "global"
+    rule: Literal["global", "monotonic", "global_monotonic", "top_k"] = "global"
     threshold: float = 1.335442066192627
     rise: float = 0.0
     longest: int | None = None
+    patch_size: float = 4.5
 
     def validate_sizes(self) -> None:
         """Checks what the graph and the rule need."""
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"expected an even width per head, got {self.dim = } and {self.num_heads = }")
+        if self.patch_size < 1:
+            raise ValueError(f"expected patches of at least one byte on average, got {self.patch_size = }")
         if self.window < 1 or (self.longest is not None and self.longest < 1):
             raise ValueError(f"expected a window and a longest patch of at least 1, got {self.window} and {self.longest}")
 
@@ -148,6 +154,9 @@ class BLT(TextTokenizer):
         above = entropies > config.threshold
         if config.rule == "global":
             starts |= above
+        elif config.rule == "top_k":
+            count = max(0, int(len(entropies) // config.patch_size) - 2)
+            starts[1 + entropies[1:].argsort(descending=True, stable=True)[:count]] = True
         else:
             rise = torch.cat([entropies[:1], entropies.diff()])
             starts |= (above & (rise > config.rise)) if config.rule == "global_monotonic" else rise > config.threshold

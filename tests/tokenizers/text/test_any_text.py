@@ -5,6 +5,7 @@ import torch
 
 import tokenzoo
 from tokenzoo.tokenizers.text.blt import BLT, BLTConfig
+from tokenzoo.tokenizers.text.hat import HAT, HATConfig
 from tokenzoo.tokenizers.text.mrt5 import MrT5, MrT5Config
 
 MEGABYTE = 1_000_000
@@ -27,12 +28,18 @@ def tiny_blt():
     return BLT(BLTConfig(dim=8, num_layers=1, num_heads=1, hidden_dim=8, window=16, threshold=5.5)).eval()
 
 
-# How each is made, and how many texts it gets: fewer where a network reads every one of them.
+def tiny_hat():
+    torch.manual_seed(0)
+    return HAT(HATConfig(dim=8, num_layers=1, num_heads=1, mlp_dim=8, word_dim=8, word_heads=1)).eval()
+
+
+# How each is made, and how many texts it gets; word_pool has tests of its own.
 TOKENIZERS = {
     "equal_info_nano": (lambda: tokenzoo.load("equal_info_nano"), 10_000),
     "equal_info_nano_b64": (lambda: tokenzoo.load("equal_info_nano_b64"), 10_000),
-    "mrt5": (tiny_mrt5, 1_500),
-    "blt": (tiny_blt, 1_500),
+    "mrt5": (tiny_mrt5, 10_000),
+    "blt": (tiny_blt, 10_000),
+    "hat": (tiny_hat, 10_000),
 }
 
 

@@ -82,6 +82,17 @@ def test_long_patches_are_cut():
     assert golden(threshold=100.0).split(b"x" * 20).tolist() == [20]
 
 
+def test_top_k_starts_patches_where_the_model_is_least_sure():
+    tok = golden(rule="top_k", patch_size=4.0)
+    entropies = torch.tensor([9.0, 1, 5, 2, 5, 5, 0, 1, 3, 3, 0, 0, 4, 0, 0, 8, 1, 1, 1, 1, 1, 0])
+    assert tok.starts(entropies).nonzero()[:, 0].tolist() == [0, 2, 4, 15]
+    assert tok.starts(entropies[:11]).nonzero()[:, 0].tolist() == [0]
+    assert tok.starts(entropies[:0]).tolist() == []
+    data = b"some text, some more text"
+    assert len(tok.split(data)) == len(data) // 4 - 1
+    assert golden(rule="top_k", patch_size=4.0, longest=3).split(data).tolist()[-1] == len(data)
+
+
 def test_it_learns():
     torch.manual_seed(0)
     tok = BLT(BLTConfig(**{**SIZE, "hidden_dim": 32}))
@@ -100,6 +111,6 @@ def test_ids_that_are_no_bytes_are_refused():
     tokens = tok.encode("abc")
     with pytest.raises(TokensError, match="item 0: expected ids of bytes, 4 to 259, got 1 at token 0"):
         tok.decode(Tokens(tokens.ids * 0 + 1, tokens.lengths, tokens.spec, tokens.extras, tokens.meta))
-    for wrong in ({"dim": 10, "num_heads": 3}, {"window": 0}, {"longest": 0}, {"rule": "topk"}):
+    for wrong in ({"dim": 10, "num_heads": 3}, {"window": 0}, {"longest": 0}, {"rule": "topk"}, {"patch_size": 0.5}):
         with pytest.raises(ConfigError):
             BLTConfig.from_dict(wrong)

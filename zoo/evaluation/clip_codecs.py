@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,7 +41,7 @@ class ClipCodec:
         """Bytes of the packets of a clip uint8 `(T, H, W, 3)` of even sides, and what they decode to."""
         import av
 
-        context = av.CodecContext.create(self.encoder, "w")
+        context: Any = av.CodecContext.create(self.encoder, "w")
         context.height, context.width = clip.shape[1:3]
         context.pix_fmt, context.time_base, context.framerate = "yuv420p", Fraction(1, _RATE), Fraction(_RATE)
         context.gop_size, context.thread_count = len(clip) + 1, 1
@@ -52,7 +53,7 @@ class ClipCodec:
             packets += context.encode(picture)
         packets += context.encode(None)
         data = [bytes(packet) for packet in packets]
-        decoder = av.CodecContext.create("h264" if self.encoder == "libx264" else "libdav1d", "r")
+        decoder: Any = av.CodecContext.create("h264" if self.encoder == "libx264" else "libdav1d", "r")
         frames = [frame for packet in [*(av.Packet(part) for part in data), None] for frame in decoder.decode(packet)]
         size = sum(slice_bytes(part) if self.encoder == "libx264" else len(part) for part in data)
         return size, np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
@@ -89,7 +90,7 @@ def _at_scale(codec: ClipCodec, clip: np.ndarray, budget: int, scale: float) -> 
             best, high = decoded, crf - 1
         else:
             low = crf + 1
-    return None if best is None else _resized(best, *clip.shape[1:3], Image.Resampling.BICUBIC)
+    return None if best is None else _resized(best, clip.shape[1], clip.shape[2], Image.Resampling.BICUBIC)
 
 
 def _resized(clip: np.ndarray, height: int, width: int, how: Image.Resampling) -> np.ndarray:

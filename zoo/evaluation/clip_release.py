@@ -149,11 +149,12 @@ def refreshed(text: str, sets: Sequence[Set], step: int, items: int, codes: int)
 
 
 def _codec_row(codec: ClipCodec, clips: np.ndarray, num_bytes: int) -> Row:
-    found = [(clip, restored) for clip in clips if (restored := best_clip(codec, clip, num_bytes)) is not None]
-    if not found:
+    restored = [best_clip(codec, clip, num_bytes) for clip in clips]
+    pairs = [(clip, best) for clip, best in zip(clips, restored, strict=True) if best is not None]
+    if not pairs:
         return Row(codec.name, math.nan, math.nan, math.nan, math.nan, 0.0)
-    originals, restored = zip(*found, strict=True)
-    return replace(_row(codec.name, restored, np.stack(originals)), reached=len(found) / len(clips))
+    row = _row(codec.name, [best for _, best in pairs], np.stack([clip for clip, _ in pairs]))
+    return replace(row, reached=len(pairs) / len(clips))
 
 
 def _row(name: str, decoded: Sequence[np.ndarray], clips: np.ndarray) -> Row:

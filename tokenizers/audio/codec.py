@@ -227,16 +227,15 @@ def _gathered(parts: Iterable[Tensor]) -> Iterator[Tensor]:
     The first part goes by itself, so that quantizers pack their codebooks before the memory that pieces take is laid out. All
     other groups are in one buffer, step by step in memory: each is used up before the next is asked for.
     """
-    group, size = None, 0
+    parts = iter(parts)
+    first = next(parts)
+    yield first
+    group, size = first.new_empty(len(first), _FRAMES_TOGETHER, first.shape[1]).mT, 0
     for part in parts:
-        batch, dim, steps = part.shape
+        steps = part.shape[-1]
         if size and size + steps > _FRAMES_TOGETHER:
             yield group[..., :size]
             size = 0
-        if group is None:
-            group = part.new_empty(batch, _FRAMES_TOGETHER, dim).mT
-            yield part
-            continue
         if steps >= _FRAMES_TOGETHER:
             yield part
             continue

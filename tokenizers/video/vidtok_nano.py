@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from tokenzoo.encoders.streaming import State, Streamed
 from tokenzoo.tokenizers import Output, TokenizerConfig
+from tokenzoo.tokenizers.quantizers import FiniteScalarQuantizer
 from tokenzoo.tokenizers.video._block_code import BlockCode, block_transform
 from tokenzoo.tokenizers.video._common import trained
 from tokenzoo.tokenizers.video.pixels import GridVideo
@@ -85,23 +86,16 @@ def _log2(power: int) -> int:
     return power.bit_length() - 1
 
 
-class Words(nn.Module):
-    """The quantizer's side of ids that the encoder has chosen already: 6 digits of 8 levels, as those of VidTok's codes."""
+class Words(FiniteScalarQuantizer):
+    """The codes of VidTok, 6 digits of 8 levels, of ids that the encoder has chosen already: nothing is left to round."""
 
-    size = 1 << _BITS
-    _digits = _BITS // 3
+    def __init__(self) -> None:
+        super().__init__((8,) * (_BITS // 3))
 
     def ids(self, x: Tensor) -> Tensor:
-        """Ids int64 `(...)` of codes `(..., 6)`."""
+        """Ids int64 `(...)` of codes `(..., 6)`, in any precision: the inverse of `lookup`."""
         digits = (x.float() * 4 + 4).round().long()
-        return (digits << self._shifts(x.device)).sum(-1)
-
-    def lookup(self, ids: Tensor) -> Tensor:
-        """Codes float32 `(..., 6)` in [-1, 1) of ids `(...)`: exact in half precision too."""
-        return ((ids[..., None] >> self._shifts(ids.device)) & 7).float() / 4 - 1
-
-    def _shifts(self, device: torch.device) -> Tensor:
-        return 3 * torch.arange(self._digits, device=device)
+        return (digits << 3 * torch.arange(len(self.levels), device=x.device)).sum(-1)
 
 
 class GroupRefiner(nn.Module):
@@ -337,10 +331,10 @@ class VidTokNano(GridVideo):
     config: VidTokNanoConfig
 
     def __init__(self, config: VidTokNanoConfig) -> None:
-        super().__init__(config, (8,) * (_BITS // 3), stride=SIDE, frame_stride=FRAMES, lone_first=True)
-        self.quantizer = Words()
-        self.loop = ClosedLoop(config)
-        self.encoder, self.decoder = LoopEncoder(self.loop, self.quantizer), LoopDecoder(self.loop, self.quantizer)
+        words = Words()
+        super().__init__(config, words.levels, stride=SIDE, frame_stride=FRAMES, lone_first=True)
+        self.quantizer, self.loop = words, ClosedLoop(config)
+        self.encoder, self.decoder = LoopEncoder(self.loop, words), LoopDecoder(self.loop, words)
 
     def objective(self, batch: Tensor, *, progress: float = 1.0, generator: torch.Generator | None = None) -> Output:
         """Mean log squared error, which is PSNR, and `extra_losses`, on clips `[B, 1 + 4 k, 3, H, W]` in [0, 1].
@@ -418,13 +412,14 @@ def _frequent_motions(clips: Tensor, count: int, reach: int) -> Tensor:
     candidates = torch.cartesian_prod(places, places)
     candidates = candidates[candidates.abs().sum(1) > 0]
     some = clips[:: max(1, len(clips) // 96)]
-    best, left = None, []
+    left = []
     for at in range(1, clips.shape[1], FRAMES):
         frames, before = _floats(some[:, at : at + FRAMES]), _floats(some[:, at - 1])
         both = torch.cat([torch.zeros(1, 2, dtype=torch.long), candidates])
         left.append(torch.log(motion_energy(frames, before, both, FRAMES * reach) + 1e-3).flatten(0, 2))
     energies = torch.cat(left)
-    best, rest, chosen = energies[:, 0], energies[:, 1:], []
+    best, rest = energies[:, 0], energies[:, 1:]
+    chosen: list[int] = []
     for _ in range(count):
         gains = (best[:, None] - rest).clamp_min_(0).sum(0)
         gains[chosen] = -1.0

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import tokenzoo
 from tokenzoo.tokenizers import MediaError, TokensError
 from tokenzoo.tokenizers.video.cosmos import Cosmos
 from tokenzoo.tokenizers.video.larp import LARP
@@ -56,6 +57,15 @@ def test_any_amounts_give_the_ids_and_frames_of_the_whole(tok, frames, amounts):
     assert torch.equal(ids.flatten(), whole.ids[0, 0])
     assert list(ids.shape) == whole.extras["grid"][0].tolist()
     torch.testing.assert_close(shown, tok.decode(whole)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("amounts", [[1] * 11, [4, 0, 7]])
+def test_the_bundled_tokenizer_streams(amounts):
+    tok = tokenzoo.load("vidtok_nano")
+    whole = tok.encode(clip(11))
+    ids, shown = streamed(tok, clip(11), amounts)
+    assert torch.equal(ids.flatten(), whole.ids[0, 0])
+    torch.testing.assert_close(shown, tok.decode(whole)[0], rtol=0, atol=1e-5)
 
 
 def test_ids_in_single_precision_are_equal_too(tok):

@@ -222,6 +222,8 @@ PUBLISHED = _SiglipAdapter(
 class VQToken(Tokenizer):
     """The tokenizer: one id per patch of each frame; `extras` has the codebook and the clip's K tokens.
 
+    `encode(length=k)` asks for K = k; without, K is what the config says, or what the clip wants.
+
     Attributes:
         newline: Vector `(D,)` that a language model gets after the tokens.
     """

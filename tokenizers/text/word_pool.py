@@ -444,7 +444,8 @@ class WordPool(TextTokenizer):
 
     def _score(self, text: bytes) -> Score:
         if self.next_word is None:
-            raise TokensError(f"{self.name or self.architecture} has no word-level model: model_layers is 0")
+            name = self.name or self.architecture
+            raise TokensError(f"{name} has no word-level model (model_layers is 0): score with word_pool_nano_lm instead")
         if not text:
             raise TokensError("expected a text of at least one byte to score, got none")
         unique, index = indexed(words_of(text, self.split(text)))

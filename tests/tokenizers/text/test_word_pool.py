@@ -344,7 +344,7 @@ def test_the_future_is_not_seen(trained):
 
 
 def test_scores_need_a_model_and_a_text(trained):
-    with pytest.raises(TokensError, match="model_layers is 0"):
+    with pytest.raises(TokensError, match="score with word_pool_nano_lm"):
         build(model_layers=0).score("a")
     with pytest.raises(TokensError, match="at least one byte"):
         trained.score("")

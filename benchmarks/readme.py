@@ -77,11 +77,17 @@ def words() -> str:
 
 def audio() -> str:
     """The audio benchmark's report."""
-    lines = ["| codec | encode | decode | seconds of audio encoded and decoded per second |", "|---|---|---|---|"]
+    lines = [
+        "| codec | encode | decode | seconds of audio encoded and decoded per second | an hour encoded, decoded, GB at most |",
+        "|---|---|---|---|---|",
+    ]
     for row in json.loads((ROOT / "benchmarks" / "audio.json").read_text()):
         clock = {name: f"{ratios[0]:.2f}" for name, ratios in row["ratio"].items()}
         speed = {name: f"{value:.0f}" if value >= 10 else f"{value:.1f}" for name, value in row["speed"].items()}
-        lines.append(f"| `{row['name']}` | {clock['encode']} | {clock['decode']} | {speed['encode']}, {speed['decode']} |")
+        memory = row.get("memory", {})
+        most = ", ".join(f"{memory[name]:.2f}" for name in ("encode_gb", "decode_gb") if name in memory)
+        both = f"{speed['encode']}, {speed['decode']}"
+        lines.append(f"| `{row['name']}` | {clock['encode']} | {clock['decode']} | {both} | {most} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Training and fine-tuning: recipes, photos as crops, one accelerate loop with exact resume."""
+"""Training and fine-tuning: recipes, folders of media, one accelerate loop with exact resume."""
 
 from tokenzoo.training.loop import run_recipe, train
 from tokenzoo.training.recipe import DataRecipe, Recipe

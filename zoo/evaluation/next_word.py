@@ -12,13 +12,15 @@ the right text before it writes its bytes and then ends it: what is predicted be
 word ends. Models take turns of a few steps, so that all have seen the same bytes whenever the run is stopped; it goes on where
 it stopped.
 
+With `--card` the word model is bundled beside that card, and what was measured is written on it.
+
 Shapes: B batch, T positions, V vocabulary, D width.
 """
 
 import argparse
 import collections
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,18 +30,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenzoo.encoders.causal_transformer import CausalTransformer
+from tokenzoo.evaluation.bundling import built, bundle, half_precision, with_measured
 from tokenzoo.tokenizers.files import replacing, write_atomically
 from tokenzoo.tokenizers.text._word_config import WordPoolConfig
 from tokenzoo.tokenizers.text._words import RAW, ROWS
 from tokenzoo.tokenizers.text.splitters import words_of
-from tokenzoo.tokenizers.text.word_pool import WordPool
+from tokenzoo.tokenizers.text.word_pool import Score, WordPool
 from tokenzoo.training.recipe import Recipe, TextsRecipe
 from tokenzoo.training.sources import prepare_texts
-from tokenzoo.training.texts import TextStore, WindowSampler
+from tokenzoo.training.texts import TextStore, WindowSampler, first_lines
 
 DIM, HEADS, LAYERS = 192, 3, 3
 VOCABULARY = 2560
 TURN = 50
+LOOK_BACK = 96  # words that the bundled model looks back on: about as many as a window of its training had
 RARE = 10
 WORDS = WordPoolConfig(
     num_vectors=2, stages=0, codebook_size=RAW, vector_dim=64, byte_dim=64, byte_layers=1, queries=8, hidden_dim=192, blocks=1,
@@ -155,7 +159,8 @@ class Experiment:
         self.splitter = WordPool(WORDS)
         training = store.streams(held_out=False)[language]
         self.sampler = WindowSampler({language: training}, window=window, seed=1)
-        self.held_out = store.streams(held_out=True)[language].tobytes()
+        self.text = store.streams(held_out=True)[language]
+        self.held_out = self.text.tobytes()
         words = self._words(training.tobytes())
         self.counts = collections.Counter(words)
         bpe = train_bpe(words, VOCABULARY)
@@ -203,6 +208,8 @@ class Experiment:
         result: dict[str, Any] = {
             "steps": self.step,
             "training_bytes": self.step * self.batch_size * self.window,
+            "training_text": int(self.sampler.streams[0].size),
+            "window": self.window,
             "held_out_words": len(words),
             "rare_words": sum(rare),
         }
@@ -231,6 +238,41 @@ class Experiment:
             self.optimizers[name].load_state_dict(optimizer)
 
 
+def release(model: WordModel, result: dict[str, Any], card: Path, text: bytes) -> None:
+    """Writes the word model's `nano/<card>.safetensors` beside `card`, and on the card how it and the others did."""
+    state = half_precision({name.removeprefix("words."): tensor for name, tensor in model.state_dict().items()})
+    tokenizer = built("word_pool", {**asdict(WORDS), "context": LOOK_BACK}, state)
+    assert isinstance(tokenizer, WordPool), "that is what the architecture says"
+    bundle(card, refreshed(card.read_text(), result, tokenizer.score(text)[0], len(text)), state, tokenizer)
+
+
+def refreshed(text: str, result: dict[str, Any], score: Score, num_bytes: int) -> str:
+    """The card with the measured part replaced.
+
+    Raises:
+        ValueError: If the card has no markers.
+    """
+    names = {"word": "words, pooled", "bpe": f"BPE of {VOCABULARY:,}", "byte": "bytes"}
+    rows = "\n".join(
+        f"| {label} | {one['params'] / 1e6:.2f} M | {one['next_word_accuracy']:.1%} | {one['rare_word_accuracy']:.2%} | "
+        f"{one['bits_per_byte']:.2f} |"
+        for label, one in ((label, result[name]) for name, label in names.items())
+    )
+    part = f"""\
+After {result["steps"]:,} steps, in which each model read the same {result["training_bytes"] / 1e6:.1f} MB of English manuals in
+windows of {result["window"]} bytes (there are {result["training_text"] / 1e6:.1f} MB of them), on
+{result["held_out_words"]:,} words of held-out ones; {result["rare_words"]:,} of those words are rare: they occur at most {RARE}
+times in the training text.
+
+| what the model reads | parameters | next word right | rare words right | bits/byte |
+| --- | ---: | ---: | ---: | ---: |
+{rows}
+
+`tok.score` with the bundled float16 weights, on the first {num_bytes / 1e3:.0f} kB of the held-out English manuals as one text:
+{score.bits_per_byte:.2f} bits per byte, {score.next_word_accuracy:.1%} of {score.words:,} next words."""
+    return with_measured(text, part)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,6 +285,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512, help="bytes of context")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--held-out-bytes", type=int, default=200_000)
+    parser.add_argument("--card", type=Path, help="the card of the word model to refresh")
     a = parser.parse_args()
     a.run.mkdir(parents=True, exist_ok=True)
     data = Recipe.read("word_pool_nano").data
@@ -257,6 +300,8 @@ def main() -> None:
             result = run.measure(a.held_out_bytes)
             write_atomically(a.run / "result.json", json.dumps(result, indent=1).encode())
             print(json.dumps(result), flush=True)
+    if a.card:
+        release(run.models["word"], run.measure(a.held_out_bytes), a.card, first_lines(run.text, a.held_out_bytes))
 
 
 if __name__ == "__main__":

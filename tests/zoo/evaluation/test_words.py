@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tokenzoo import load
-from tokenzoo.evaluation.next_word import WORDS, TokenModel, WordModel, train_bpe
+from tokenzoo.evaluation.next_word import WORDS, TokenModel, WordModel, release, train_bpe
 from tokenzoo.evaluation.words import PIECE, Measured, measure, spread
+from tokenzoo.registry import find_card
 from tokenzoo.tokenizers.text.word_pool import WordPool
 
 TEXT = [b"the", b" cat", b" sat", b" on", b" the", b" mat."]
@@ -74,3 +76,27 @@ def test_bpe_stays_within_words():
     assert [b"".join(model.pieces[i] for i in row) for row in ids] == [b" cat", b"\xff "]
     assert len(ids[0]) == 1
     assert len(model.judge([TEXT]).right) == len(TEXT)
+
+
+def test_the_word_model_is_bundled_with_its_figures(tmp_path):
+    torch.manual_seed(0)
+    model = WordModel(WordPool(WORDS))
+    measured = {"params": 1, "next_word_accuracy": 0.25, "rare_word_accuracy": 0.5, "bits_per_byte": 2.0}
+    result = dict.fromkeys(("word", "bpe", "byte"), measured)
+    counts = {"steps": 3, "training_bytes": 10, "training_text": 20, "window": 5, "held_out_words": 9, "rare_words": 2}
+    card = tmp_path / "word_pool_nano_lm.manuals.md"
+    card.write_text(find_card("word_pool_nano_lm").text)
+    (tmp_path / "nano").mkdir()
+    release(model, {**result, **counts}, card, b"the cat sat")
+    assert "| bytes | 0.00 M | 25.0% | 50.00% | 2.00 |" in card.read_text()
+    state = load_file(tmp_path / "nano" / "word_pool_nano_lm.manuals.safetensors")
+    assert torch.equal(state["next_word.start"], model.words.next_word.start.detach().half())
+    assert not any(name.startswith("words.") for name in state)
+
+
+def test_the_bundled_word_model_scores_texts():
+    tokenizer = load("word_pool_nano_lm", local_files_only=True)
+    english, noise = tokenizer.score(["The file is not found, and the command exits with status 1.\n" * 3, "qx zv kj " * 20])
+    assert english.bits_per_byte < 4 < noise.bits_per_byte
+    assert english.next_word_accuracy > noise.next_word_accuracy
+    assert tokenizer.decode(tokenizer.encode("a word")) == ["a word"]

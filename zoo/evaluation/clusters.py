@@ -82,9 +82,10 @@ def kept(tokenizer: VQToken, clips: Sequence[Tensor], clusters: int | None) -> R
             readout = float(F.cosine_similarity(read_out(flat, tokens), flat).mean())
         near, sampled = closeness(flat, codebook[ids.flatten()]), closeness(flat, evenly_spread(flat, len(codebook)))
         rows.append((len(codebook), *near, *sampled, readout))
-    *means, readouts = zip(*rows, strict=True)
+    tokens, cosine, explained, sampled_cosine, sampled_explained, readouts = zip(*rows, strict=True)
     found = [value for value in readouts if value is not None]
-    return Row(*(fmean(values) for values in means), readout=fmean(found) if found else None)
+    means = [fmean(values) for values in (tokens, cosine, explained, sampled_cosine, sampled_explained)]
+    return Row(*means, fmean(found) if found else None)
 
 
 # -- finding the clip that was filmed next to another

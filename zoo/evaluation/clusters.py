@@ -84,8 +84,8 @@ def kept(tokenizer: VQToken, clips: Sequence[Tensor], clusters: int | None) -> R
         rows.append((len(codebook), *near, *sampled, readout))
     tokens, cosine, explained, sampled_cosine, sampled_explained, readouts = zip(*rows, strict=True)
     found = [value for value in readouts if value is not None]
-    means = [fmean(values) for values in (tokens, cosine, explained, sampled_cosine, sampled_explained)]
-    return Row(*means, fmean(found) if found else None)
+    readout = fmean(found) if found else None
+    return Row(fmean(tokens), fmean(cosine), fmean(explained), fmean(sampled_cosine), fmean(sampled_explained), readout)
 
 
 # -- finding the clip that was filmed next to another

@@ -82,10 +82,10 @@ def kept(tokenizer: VQToken, clips: Sequence[Tensor], clusters: int | None) -> R
             readout = float(F.cosine_similarity(read_out(flat, tokens), flat).mean())
         near, sampled = closeness(flat, codebook[ids.flatten()]), closeness(flat, evenly_spread(flat, len(codebook)))
         rows.append((len(codebook), *near, *sampled, readout))
-    tokens, cosine, explained, sampled_cosine, sampled_explained, readouts = zip(*rows, strict=True)
+    counts, cosine, explained, sampled_cosine, sampled_explained, readouts = zip(*rows, strict=True)
     found = [value for value in readouts if value is not None]
     readout = fmean(found) if found else None
-    return Row(fmean(tokens), fmean(cosine), fmean(explained), fmean(sampled_cosine), fmean(sampled_explained), readout)
+    return Row(fmean(counts), fmean(cosine), fmean(explained), fmean(sampled_cosine), fmean(sampled_explained), readout)
 
 
 # -- finding the clip that was filmed next to another

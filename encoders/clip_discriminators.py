@@ -6,7 +6,8 @@ Shapes: B batch, T frames, H W height and width.
 from itertools import pairwise
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from tokenzoo.encoders.discriminators import activations
 
 _SLOPE = 0.2
 
@@ -22,7 +23,7 @@ class FrameDiscriminator(nn.Module):
 
     def forward(self, clip: Tensor) -> list[Tensor]:
         """Activations of clips `[B, T, 3, H, W]` in [0, 1] after every layer, the logits last; frames lie behind each other."""
-        return _activations(clip.flatten(0, 1) * 2 - 1, self.layers, self.last)
+        return activations(clip.flatten(0, 1) * 2 - 1, self.layers, self.last, _SLOPE)
 
 
 class ClipDiscriminator(nn.Module):
@@ -36,7 +37,7 @@ class ClipDiscriminator(nn.Module):
 
     def forward(self, clip: Tensor) -> list[Tensor]:
         """Activations of clips `[B, T, 3, H, W]` in [0, 1] after every layer, the logits last."""
-        return _activations(clip.transpose(1, 2) * 2 - 1, self.layers, self.last)
+        return activations(clip.transpose(1, 2) * 2 - 1, self.layers, self.last, _SLOPE)
 
 
 class ClipDiscriminators(nn.Module):
@@ -57,11 +58,3 @@ class ClipDiscriminators(nn.Module):
 
 def _widths(width: int, depth: int) -> list[int]:
     return [3, *(width << min(i, 2) for i in range(depth))]
-
-
-def _activations(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> list[Tensor]:
-    found = []
-    for layer in layers:
-        x = F.leaky_relu(layer(x), _SLOPE)
-        found.append(x)
-    return [*found, last(x)]

@@ -27,7 +27,7 @@ class PeriodDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Activations of audio `[B, 1, S]` after every layer, the logits last."""
         x = F.pad(x, (0, -x.shape[-1] % self.period)).unflatten(-1, (-1, self.period))
-        return _activations(x, self.layers, self.last)
+        return activations(x, self.layers, self.last, _SLOPE)
 
 
 class SpectrumDiscriminator(nn.Module):
@@ -51,7 +51,7 @@ class SpectrumDiscriminator(nn.Module):
         # Roots bring soft and loud partials closer together; without the offset their slope at 0 is infinite.
         magnitude = (spectrum.real.square() + spectrum.imag.square() + 1e-8).sqrt()
         spectrum = spectrum / magnitude.sqrt()
-        return _activations(torch.view_as_real(spectrum).permute(0, 3, 2, 1), self.layers, self.last)
+        return activations(torch.view_as_real(spectrum).permute(0, 3, 2, 1), self.layers, self.last, _SLOPE)
 
 
 class Discriminators(nn.Module):
@@ -75,9 +75,10 @@ class Discriminators(nn.Module):
         return [part(x) for part in self.parts]
 
 
-def _activations(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> list[Tensor]:
+def activations(x: Tensor, layers: nn.ModuleList, last: nn.Module, slope: float) -> list[Tensor]:
+    """What each layer makes of `x` behind a leaky ReLU of this slope, and the logits of the last one."""
     found = []
     for layer in layers:
-        x = F.leaky_relu(layer(x), _SLOPE)
+        x = F.leaky_relu(layer(x), slope)
         found.append(x)
     return [*found, last(x)]

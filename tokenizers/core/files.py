@@ -1,10 +1,12 @@
-"""Writing files so that a reader sees the whole file or none."""
+"""Paths of media, and writing files so that a reader sees the whole file or none."""
 
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tokenzoo.tokenizers.errors import MediaError
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -24,3 +26,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def media_path(item: str | os.PathLike[str]) -> Path:
+    """The path of a file of media that somebody named.
+
+    Raises:
+        MediaError: If there is nothing there, or a folder.
+    """
+    path = Path(item)
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        shown = str(path) if len(str(path)) < 200 else f"{str(path)[:100]}... ({len(str(path))} characters)"
+        raise MediaError(f"{shown} does not exist, or cannot be read as a path: {error}") from error
+    if path.is_dir():
+        raise MediaError(f"{path} is a folder: pass its files, or use the command line, which takes folders")
+    return path

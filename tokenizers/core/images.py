@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenzoo.tokenizers.errors import MediaError
+from tokenzoo.tokenizers.files import media_path
 
 _LONGEST_ASPECT = 16
 
@@ -124,14 +124,7 @@ def read_image(item: Any) -> Image.Image | Tensor:
     if isinstance(item, (bytes, bytearray, memoryview)):
         return _open(io.BytesIO(item), f"these {len(item)} bytes")
     if isinstance(item, (str, os.PathLike)):
-        path = Path(item)
-        try:
-            path.stat()
-        except (OSError, ValueError) as error:
-            shown = str(path) if len(str(path)) < 200 else f"{str(path)[:100]}... ({len(str(path))} characters)"
-            raise MediaError(f"{shown} does not exist, or cannot be read as a path: {error}") from error
-        if path.is_dir():
-            raise MediaError(f"{path} is a folder: pass its files, or use the command line, which takes folders")
+        path = media_path(item)
         return _open(path, str(path))
     if isinstance(item, np.ndarray):
         return _from_array(item, channels_last=True)

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import numpy as np
 
 from tokenzoo.tokenizers.errors import MediaError
+from tokenzoo.tokenizers.files import media_path
 
 Backend = Literal["auto", "decord", "av"]
 
@@ -202,14 +203,7 @@ def _look(source: Any) -> tuple[str, bytes]:
         if not source:
             raise MediaError("these 0 bytes: not a video, there is nothing in them")
         return f"these {len(source)} bytes", bytes(source[:8])
-    path = Path(source)
-    try:
-        path.stat()
-    except (OSError, ValueError) as error:
-        shown = str(path) if len(str(path)) < 200 else f"{str(path)[:100]}... ({len(str(path))} characters)"
-        raise MediaError(f"{shown} does not exist, or cannot be read as a path: {error}") from error
-    if path.is_dir():
-        raise MediaError(f"{path} is a folder: pass its files, or use the command line, which takes folders")
+    path = media_path(source)
     if not path.is_file():
         raise MediaError(f"{path} is not a regular file")
     try:

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import torchaudio
 from torch import Tensor
 
 from tokenzoo.tokenizers.errors import MediaError
+from tokenzoo.tokenizers.files import media_path
 
 _MOST_CHANNELS = 8
 _LOUDEST = 4.0  # 12 dB above full scale: decoded MP3s and float files overshoot; integers given as floats are far beyond
@@ -110,7 +110,8 @@ def read_audio(item: Any) -> tuple[Tensor, int | None]:
     if isinstance(item, (bytes, bytearray, memoryview)):
         return _open(io.BytesIO(item), f"these {len(item)} bytes")
     if isinstance(item, (str, os.PathLike)):
-        return _open_path(Path(item))
+        path = media_path(item)
+        return _open(path, str(path))
     if isinstance(item, Tensor):
         tensor = item.detach().cpu()
         return _from_array((tensor.float() if tensor.is_floating_point() else tensor).numpy()), None
@@ -172,17 +173,6 @@ def _is_rate(value: Any) -> bool:
 def _shown(item: tuple[Any, ...]) -> str:
     parts = ", ".join(str(x) if isinstance(x, (int, float, str)) else type(x).__name__ for x in item[:3])
     return f"({parts}{', ...' if len(item) > 3 else ''})"
-
-
-def _open_path(path: Path) -> tuple[Tensor, int]:
-    try:
-        path.stat()
-    except (OSError, ValueError) as error:
-        shown = str(path) if len(str(path)) < 200 else f"{str(path)[:100]}... ({len(str(path))} characters)"
-        raise MediaError(f"{shown} does not exist, or cannot be read as a path: {error}") from error
-    if path.is_dir():
-        raise MediaError(f"{path} is a folder: pass its files, or use the command line, which takes folders")
-    return _open(path, str(path))
 
 
 def _open(source: Any, name: str) -> tuple[Tensor, int]:

@@ -45,8 +45,8 @@ constexpr int MOST_ROWS = 64;                    // of a tile
 constexpr int64_t SCALAR_ROWS = 4096;            // rows of scalar quantization that are worth a thread
 constexpr int64_t SPARE_FLOATS = 256 << 10;      // scratch that a thread keeps: the largest piece, and how many
 constexpr size_t MOST_SPARES = 6;
-constexpr int64_t SUM_GROUPS = 8;                // of rows, that are summed up apart, and how many rows a code they need
-constexpr int64_t ROWS_A_CODE = 4;
+constexpr int64_t SUM_GROUPS = 32;               // of rows, that are summed up apart: no more threads are of use
+constexpr int64_t ROWS_A_CODE = 4;                // in a group, at least, for the groups' own sums to be worth it
 constexpr double MOST_NORM = 1e18;               // of an entry, beyond which scores might overflow
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
@@ -534,12 +534,15 @@ std::tuple<Tensor, Tensor, Tensor> assign(const Tensor& x, const Tensor& packed,
     }
   });
   float *number = static_cast<float*>(counts.mutable_data_ptr()), *sum = static_cast<float*>(sums.mutable_data_ptr());
-  for (int64_t group = 0; group < SUM_GROUPS; ++group) {
-    const float* total = totals.get() + group * size * width;
-    for (int64_t i = 0; i < size * width; ++i) sum[i] = group ? sum[i] + total[i] : total[i];
-    for (int64_t k = 0; k < size; ++k) numbers[k] += group ? numbers[group * size + k] : 0;
-  }
-  std::copy_n(numbers.begin(), size, number);
+  parallel(size, [&](int64_t k) {
+    std::copy_n(totals.get() + k * width, width, sum + k * width);
+    for (int64_t group = 1; group < SUM_GROUPS; ++group) {
+      const float* total = totals.get() + (group * size + k) * width;
+      for (int64_t d = 0; d < width; ++d) sum[k * width + d] += total[d];
+      numbers[k] += numbers[group * size + k];
+    }
+    number[k] = static_cast<float>(numbers[k]);
+  });
   return {ids, counts, sums};
 }
 

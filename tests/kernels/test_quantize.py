@@ -172,3 +172,17 @@ def test_code_sums_refuse_what_does_not_fit(lane):
     for ids in (torch.zeros(1, dtype=torch.long), torch.tensor([0, 1, 2, 4]), torch.tensor([0, 1, 2, -1])):
         with pytest.raises(ValueError, match=r"expected an id in \[0, 4\)"):
             code_sums(x, ids, 4)
+
+
+def test_kmeans_does_not_depend_on_threads(lane):
+    x = torch.randn(3000, 40, generator=torch.Generator().manual_seed(0))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(kmeans(x, 20, generator=torch.Generator().manual_seed(1)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(other.ids, found[0].ids)
+        assert torch.equal(other.centroids, found[0].centroids)

@@ -3,8 +3,9 @@
 import functools
 
 import torch
-import torchaudio
 from torch import Tensor
+
+from tokenzoo.tokenizers._torchaudio import torchaudio
 
 _RESOLUTIONS = ((64, 8), (256, 32), (1024, 80), (2048, 128))  # window in samples, mel bands
 _FLOOR = 1e-5

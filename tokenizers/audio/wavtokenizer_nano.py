@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torchaudio
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from tokenzoo.encoders.source_filter import SPECTRA_PER_FRAME, SourceFilter
 from tokenzoo.encoders.vocos import ConvNeXtBlock
 from tokenzoo.tokenizers import Codes, Output, TokenizerConfig
+from tokenzoo.tokenizers._torchaudio import torchaudio
 from tokenzoo.tokenizers.audio import pitch as pitches
 from tokenzoo.tokenizers.audio.codec import Codec
 from tokenzoo.tokenizers.audio.mel import mel_distance

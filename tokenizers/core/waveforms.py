@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-import torchaudio
 from torch import Tensor
 
+from tokenzoo.tokenizers._torchaudio import torchaudio
 from tokenzoo.tokenizers.errors import MediaError
 from tokenzoo.tokenizers.files import media_path
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torchaudio
 
 from tokenzoo.tokenizers import MediaError
+from tokenzoo.tokenizers._torchaudio import torchaudio
 from tokenzoo.tokenizers.waveforms import Audio, read_audio, resample, resampled_length
 
 

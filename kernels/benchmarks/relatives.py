@@ -42,7 +42,7 @@ def residual(count: int, width: int, stages: int, size: int) -> Contest:
     from transformers.models.encodec import modeling_encodec as encodec
     from transformers.models.mimi import modeling_mimi as mimi
 
-    x, codebooks, cache = torch.randn(count, width), torch.randn(stages, size, width), PackCache()
+    x, codebooks, caches = torch.randn(count, width), torch.randn(stages, size, width), [PackCache() for _ in range(stages)]
     columns = x.T[None].contiguous()
     config = EncodecConfig(codebook_size=size, codebook_dim=width)
     as_encodec = encodec.EncodecResidualVectorQuantizer(config)
@@ -53,7 +53,7 @@ def residual(count: int, width: int, stages: int, size: int) -> Contest:
         as_encodec.layers[q].codebook.embed.copy_(codebook)
         as_mimi.layers[q].codebook.embed_sum.copy_(codebook)
     return {
-        "tokenzoo": lambda: residual_quantize(x, codebooks, cache=cache),
+        "tokenzoo": lambda: residual_quantize(x, codebooks, caches=caches),
         "transformers EnCodec": lambda: as_encodec.encode(columns),
         "transformers Mimi": lambda: as_mimi.encode(columns),
     }

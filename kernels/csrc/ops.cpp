@@ -567,8 +567,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Tensor& packe
 }
 
 // Every stage quantizes what the stages before it left over; a block of rows stays in the cache for all of them.
-std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<Tensor>& packed, const Tensor& codebooks) {
-  const int64_t count = x.size(0), width = x.size(1), stages = codebooks.size(0), size = codebooks.size(1);
+std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<Tensor>& packed,
+                                             const std::vector<Tensor>& codebooks) {
+  const int64_t count = x.size(0), width = x.size(1), stages = static_cast<int64_t>(codebooks.size());
   Tensor ids = make(x, {count, stages}, ScalarType::Long), out = make(x, {count, width}, ScalarType::Float);
   int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
   float* vectors = static_cast<float*>(out.mutable_data_ptr());
@@ -579,10 +580,9 @@ std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<
     std::memcpy(residual.get(), floats(x) + first * width, rows * width * sizeof(float));
     std::fill_n(vectors + first * width, rows * width, 0.f);
     for (int64_t stage = 0; stage < stages; ++stage) {
-      search_stage(residual.get(), view(packed[stage], size, width), found.data());
+      search_stage(residual.get(), view(packed[stage], codebooks[stage].size(0), width), found.data());
       for (int64_t n = 0; n < rows; ++n) id[(first + n) * stages + stage] = found[n];
-      search().step_residual(residual.get(), vectors + first * width, found.data(), rows, floats(codebooks) + stage * size * width,
-                             width);
+      search().step_residual(residual.get(), vectors + first * width, found.data(), rows, floats(codebooks[stage]), width);
     }
   };
   const int64_t step = rows_per_block(count, width);
@@ -654,7 +654,7 @@ STABLE_TORCH_LIBRARY(tokenzoo_native, m) {
   m.def("quantize(Tensor x, Tensor packed, Tensor codebook) -> (Tensor, Tensor, Tensor)");
   m.def("assign(Tensor x, Tensor packed, int size) -> (Tensor, Tensor, Tensor)");
   m.def("code_sums(Tensor x, Tensor ids, int size) -> (Tensor, Tensor)");
-  m.def("residual_quantize(Tensor x, Tensor[] packed, Tensor codebooks) -> (Tensor, Tensor)");
+  m.def("residual_quantize(Tensor x, Tensor[] packed, Tensor[] codebooks) -> (Tensor, Tensor)");
   m.def("fsq(Tensor x, Tensor thresholds, Tensor scale, Tensor shift, Tensor basis) -> (Tensor, Tensor)");
   m.def("lfq(Tensor x, float scale) -> (Tensor, Tensor)");
   m.def("instruction_set() -> int");

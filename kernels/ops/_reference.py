@@ -132,7 +132,7 @@ def assign(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> tuple[Tensor,
     return ids, *code_sums(x, ids, size)
 
 
-def residual_quantize(x: Tensor, packed: Sequence[tuple[Tensor, Tensor]], entries: Tensor) -> tuple[Tensor, Tensor]:
+def residual_quantize(x: Tensor, packed: Sequence[tuple[Tensor, Tensor]], entries: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Ids `(N, Q)` and summed entries `(N, D)` of Q stages, each of which quantizes what those before it left over."""
     residual, total, ids = x, torch.zeros_like(x), []
     for stage, codebook in zip(packed, entries, strict=True):

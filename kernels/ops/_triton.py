@@ -271,12 +271,14 @@ def quantize(x: Tensor, packed: tuple[Tensor, Tensor, Tensor], entries: Tensor) 
     return ids, vectors, (errors.double().sum() / max(1, x.numel())).float()
 
 
-def residual_quantize(x: Tensor, packed: Sequence[tuple[Tensor, Tensor, Tensor]], entries: Tensor) -> tuple[Tensor, Tensor]:
+def residual_quantize(
+    x: Tensor, packed: Sequence[tuple[Tensor, Tensor, Tensor]], entries: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """As `_reference.residual_quantize`, in one launch."""
     if not packed:
         return torch.empty(len(x), 0, dtype=torch.long, device=x.device), torch.zeros_like(x)
     means, codes, biases = (torch.stack(parts) for parts in zip(*packed, strict=True))
-    return search_stages(x, means, codes, biases, entries)
+    return search_stages(x, means, codes, biases, torch.stack(list(entries)))
 
 
 def assign(x: Tensor, packed: tuple[Tensor, Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:

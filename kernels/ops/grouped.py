@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenzoo.kernels.nearest import PackCache, nearest
+from tokenzoo.kernels.nearest import PackCache, each_cache, nearest
 from tokenzoo.kernels.quantize import quantize
 
 
@@ -36,7 +36,7 @@ def grouped_nearest(x: Tensor, codebooks: Tensor, *, metric: str = "l2", caches:
     Raises:
         ValueError: If the widths differ, a codebook is empty, the metric is unknown, or there is not one cache a group.
     """
-    parts = zip(_split(x, codebooks), codebooks.unbind(0), _each(caches, len(codebooks)), strict=True)
+    parts = zip(_split(x, codebooks), codebooks.unbind(0), each_cache(caches, len(codebooks)), strict=True)
     return torch.stack([nearest(part, codebook, metric=metric, cache=cache) for part, codebook, cache in parts], -1)
 
 
@@ -54,7 +54,7 @@ def grouped_quantize(
     Raises:
         ValueError: As `grouped_nearest`.
     """
-    parts = zip(_split(x, codebooks), codebooks.unbind(0), _each(caches, len(codebooks)), strict=True)
+    parts = zip(_split(x, codebooks), codebooks.unbind(0), each_cache(caches, len(codebooks)), strict=True)
     found = [quantize(part, codebook, metric=metric, cache=cache) for part, codebook, cache in parts]
     ids, vectors = torch.stack([one.ids for one in found], -1), torch.cat([one.vectors for one in found], -1)
     return GroupedQuantized(ids, vectors, torch.stack([one.loss for one in found]).mean())
@@ -66,9 +66,3 @@ def _split(x: Tensor, codebooks: Tensor) -> tuple[Tensor, ...]:
             f"expected x (..., G * D) and codebooks (G, K, D), none of them 0, got {x.shape = } and {codebooks.shape = }"
         )
     return x.unflatten(-1, (len(codebooks), codebooks.shape[2])).unbind(-2)
-
-
-def _each(caches: Sequence[PackCache] | None, groups: int) -> Sequence[PackCache | None]:
-    if caches is not None and len(caches) != groups:
-        raise ValueError(f"expected a cache for each of {groups} groups, got {len(caches)}")
-    return caches if caches is not None else [None] * groups

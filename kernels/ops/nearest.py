@@ -1,5 +1,6 @@
 """Index of the nearest codebook entry, without an [N, K] matrix of distances."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class PackCache:
         self._held = None
 
     def get(self, codebook: Tensor, metric: str, backend: Any) -> tuple[Tensor, Any]:
-        """The entries that are compared, and their packed form; a list of forms for codebooks `(Q, K, D)`."""
+        """The entries that are compared, and their packed form."""
         if codebook.is_inference():
             return pack(codebook, metric, backend)
         if codebook.requires_grad and torch.is_grad_enabled():
@@ -51,9 +52,14 @@ def pack(codebook: Tensor, metric: str, backend: Any, cache: PackCache | None = 
     if cache is not None:
         return cache.get(codebook, metric, backend)
     entries = as_entries(codebook, metric)
-    if entries.dim() == 3:
-        return entries, [backend.pack(stage, metric == "cosine") for stage in entries]
     return entries, backend.pack(entries, metric == "cosine")
+
+
+def each_cache(caches: Sequence[PackCache] | None, codebooks: int) -> Sequence[PackCache | None]:
+    """The cache of each codebook. Raises ValueError if there is not one for each."""
+    if caches is not None and len(caches) != codebooks:
+        raise ValueError(f"expected a cache for each of {codebooks} codebooks, got {len(caches)}")
+    return caches if caches is not None else [None] * codebooks
 
 
 def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", cache: PackCache | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Residual quantization: every stage quantizes what the stages before it left over."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from tokenzoo.kernels._backend import backend_for
 from tokenzoo.kernels._reference import full_precision
-from tokenzoo.kernels.nearest import PackCache, as_rows, nearest, pack, traced
+from tokenzoo.kernels.nearest import PackCache, as_rows, each_cache, nearest, pack, traced
 
 
 class ResidualQuantized(NamedTuple):
@@ -33,24 +34,34 @@ class Projections(NamedTuple):
     out_bias: Tensor
 
 
-def residual_quantize(x: Tensor, codebooks: Tensor, *, cache: PackCache | None = None) -> ResidualQuantized:
+def residual_quantize(
+    x: Tensor, codebooks: Tensor | Sequence[Tensor], *, caches: Sequence[PackCache] | None = None
+) -> ResidualQuantized:
     """Quantizes vectors in Q stages (SoundStream, https://arxiv.org/abs/2107.03312); no gradients.
 
     Args:
         x: Vectors, `(..., D)`, any float dtype; computed in float32.
-        codebooks: Entries of the stages, `(Q, K, D)`.
-        cache: Keeps the packed codebooks between calls; for codebooks that do not change.
+        codebooks: Entries of the stages, `(Q, K, D)`, or `(K, D)` of each.
+        caches: One `PackCache` for each stage, for codebooks that do not change.
 
     Returns:
         Ids int64 `(..., Q)` and summed entries float32 `(..., D)`; ties and non-finite vectors as in `nearest`.
 
     Raises:
-        ValueError: If the widths differ or a codebook is empty.
+        ValueError: If the widths or sizes differ, a codebook is empty, or there is not one cache a stage.
     """
-    _check(x, codebooks, codebooks.shape[-1] if codebooks.dim() else 0)
-    if traced(x, codebooks):
-        return ResidualQuantized(*torch.ops.tokenzoo.residual_quantize(x, codebooks))
-    return ResidualQuantized(*_residual(x, codebooks, cache))
+    stages = codebooks if isinstance(codebooks, Tensor) else list(codebooks)
+    shapes = [tuple(stage.shape) for stage in stages]
+    width = x.shape[-1] if x.dim() else 0
+    if not width or any(len(shape) != 2 or not shape[0] or shape != (shapes[0][0], width) for shape in shapes):
+        raise ValueError(
+            "expected x (..., D) and codebooks (Q, K, D) with K, D > 0, "
+            f"got {x.shape = } and codebooks of {', '.join(map(str, dict.fromkeys(shapes)))}"
+        )
+    if traced(x, *stages):
+        stacked = stages if isinstance(stages, Tensor) else torch.stack(stages)
+        return ResidualQuantized(*torch.ops.tokenzoo.residual_quantize(x, stacked))
+    return ResidualQuantized(*_residual(x, stages, caches))
 
 
 def projected_residual_quantize(
@@ -78,7 +89,8 @@ def projected_residual_quantize(
     shapes = tuple(tuple(t.shape) for t in projections)
     if shapes != ((stages, narrow, wide), (stages, narrow), (stages, wide, narrow), (stages, wide)):
         raise ValueError(f"expected projections between {wide} and {narrow} for each of {stages} stages, got {shapes}")
-    _check(x[..., :narrow], codebooks, narrow)
+    if codebooks.dim() != 3 or 0 in codebooks.shape[1:]:
+        raise ValueError(f"expected codebooks (Q, K, d) with K, d > 0, got {codebooks.shape = }")
     with torch.no_grad(), full_precision(x.device.type):
         return _projected(x, codebooks, projections, metric)
 
@@ -102,24 +114,20 @@ def _projected(x: Tensor, codebooks: Tensor, projections: Projections, metric: s
     return ResidualQuantized(chosen.reshape(*x.shape[:-1], stages), vectors.reshape(x.shape))
 
 
-def _check(x: Tensor, codebooks: Tensor, width: int) -> None:
-    if codebooks.dim() != 3 or 0 in codebooks.shape[1:] or x.dim() < 1 or x.shape[-1] != width:
-        raise ValueError(
-            f"expected x (..., D) and codebooks (Q, K, D) with K, D > 0, got {x.shape = } and {codebooks.shape = }"
-        )
-
-
-def _residual(x: Tensor, codebooks: Tensor, cache: PackCache | None) -> tuple[Tensor, Tensor]:
+def _residual(
+    x: Tensor, codebooks: Tensor | Sequence[Tensor], caches: Sequence[PackCache] | None = None
+) -> tuple[Tensor, Tensor]:
     rows = as_rows(x)
     backend = backend_for(rows)
-    entries, packed = pack(codebooks, "l2", backend, cache)
-    ids, vectors = backend.residual_quantize(rows, packed, entries)
+    both = zip(codebooks, each_cache(caches, len(codebooks)), strict=True)
+    stages = [pack(codebook, "l2", backend, cache) for codebook, cache in both]
+    ids, vectors = backend.residual_quantize(rows, [packed for _, packed in stages], [entries for entries, _ in stages])
     return ids.reshape(*x.shape[:-1], len(codebooks)), vectors.reshape(x.shape)
 
 
 @torch.library.custom_op("tokenzoo::residual_quantize", mutates_args=())
 def _residual_op(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    return _residual(x, codebooks, None)
+    return _residual(x, codebooks)
 
 
 @_residual_op.register_fake

@@ -109,15 +109,19 @@ def test_residual_stages_are_quantizers_in_a_row(lane, rows, stages, dim):
         assert torch.equal(found.ids[:, stage], ids)
         residual, total = residual - codebook[ids], total + codebook[ids]
     assert torch.allclose(found.vectors, total, atol=1e-5)
-    cache = PackCache()
+    apart, caches = [codebook.clone() for codebook in codebooks], [PackCache() for _ in range(stages)]
     for _ in range(2):
-        assert torch.equal(residual_quantize(x, codebooks, cache=cache).ids, found.ids)
-    codebooks.mul_(0.5)
-    assert torch.equal(residual_quantize(x, codebooks, cache=cache).ids, residual_quantize(x, codebooks).ids)
+        assert torch.equal(residual_quantize(x, apart, caches=caches).ids, found.ids)
+    for codebook in apart:
+        codebook.mul_(0.5)
+    assert torch.equal(residual_quantize(x, apart, caches=caches).ids, residual_quantize(x, codebooks / 2).ids)
     with pytest.raises(ValueError, match="expected x"):
         residual_quantize(x, torch.randn(2, 5, dim + 1))
-    with pytest.raises(ValueError, match="K, D > 0"):
-        residual_quantize(torch.zeros(4, 0), torch.zeros(2, 3, 0))
+    for empty in (torch.zeros(2, 3, 0), torch.zeros(2, 0, 4), [torch.zeros(3, 4), torch.zeros(5, 4)], torch.zeros(3, 4)):
+        with pytest.raises(ValueError, match="K, D > 0"):
+            residual_quantize(torch.zeros(4, empty[0].shape[-1]), empty)
+    with pytest.raises(ValueError, match="a cache for each of 2"):
+        residual_quantize(torch.zeros(4, 3), torch.zeros(2, 5, 3), caches=[PackCache()])
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])

@@ -270,14 +270,6 @@ class ResidualQuantizer(Quantizer):
         if input_dim is not None and input_dim != dim:
             self.in_proj, self.out_proj = nn.Linear(input_dim, dim, bias=False), nn.Linear(dim, input_dim, bias=False)
         _check_choices(metric, gradient)
-        self._stacks = _Stacks()
-        self._cache = PackCache()
-
-    def train(self, mode: bool = True) -> Self:
-        """As `nn.Module.train`; the packed codebooks are kept in eval mode only."""
-        self._stacks.clear()
-        self._cache.clear()
-        return super().train(mode)
 
     @torch.no_grad()
     def ids(self, x: Tensor, num_stages: int | None = None) -> Tensor:
@@ -286,9 +278,8 @@ class ResidualQuantizer(Quantizer):
         with torch.autocast(x.device.type, enabled=False):
             residual = self.in_proj(x.float())
             if self.metric == "l2":
-                (codebooks,) = self._stacks.get(not self.training, [[stage.codebook for stage in _prefix(self.stages)]])
-                cache = None if self.training else self._cache
-                return residual_quantize(residual, codebooks[: len(stages)], cache=cache).ids
+                caches = None if self.training else [stage._cache for stage in stages]
+                return residual_quantize(residual, [stage.codebook for stage in stages], caches=caches).ids
             ids = []
             for stage in stages:
                 ids.append(stage.ids(residual))
@@ -502,10 +493,7 @@ def _bit_entropy(high: Tensor, low: Tensor) -> Tensor:
 
 
 class _Stacks:
-    """Parameters of all stages stacked for the kernels, kept until one of them changes.
-
-    What is kept is not held twice: the parameters become views of their stack.
-    """
+    """Parameters of all stages stacked for the kernels, kept until one of them changes."""
 
     def __init__(self) -> None:
         self.clear()
@@ -524,10 +512,6 @@ class _Stacks:
         if self._held is None or self._held[0] != _state_of(flat):
             with torch.inference_mode(False), torch.no_grad():
                 stacked = [torch.stack([tensor.detach().float() for tensor in group]) for group in sources]
-                for group, stack in zip(sources, stacked, strict=True):
-                    for tensor, view in zip(group, stack, strict=True):
-                        if tensor.dtype == view.dtype:
-                            tensor.data = view
             # The sources are kept alive, so that an address cannot become another tensor's.
             self._held = (_state_of(flat), stacked, [tensor.detach() for tensor in flat])
         return self._held[1]

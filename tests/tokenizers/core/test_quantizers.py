@@ -121,6 +121,14 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_no_two_parameters_share_memory(name):
+    quantizer = MODULES[name]().eval()
+    quantizer.ids(torch.randn(5, 8))
+    storages = [tensor.untyped_storage().data_ptr() for tensor in quantizer.state_dict().values()]
+    assert len(set(storages)) == len(storages)  # accelerate saves one of those that do, and drops the others
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_every_module_keeps_one_contract(name):
     torch.manual_seed(0)
     quantizer = MODULES[name]()

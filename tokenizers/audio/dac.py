@@ -130,6 +130,7 @@ class Dac(Codec):
     config_class: ClassVar[type[TokenizerConfig]] = DacConfig
     adapters: ClassVar[Mapping[str, Adapter]] = {"transformers": _transformers(4), "original": ORIGINAL}
     config: DacConfig
+    piece: float = 0.5
 
     def __init__(self, config: DacConfig) -> None:
         super().__init__(config, sample_rate=config.sample_rate, hop=config.hop, multiple=config.hop)

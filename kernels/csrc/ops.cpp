@@ -164,11 +164,8 @@ Tensor make(const Tensor& like, std::initializer_list<int64_t> size, ScalarType 
 
 // The mean of the entries is subtracted from both sides (distances do not change), so that data with a large common offset
 // loses no digits; not for `dot`, where it would change the scores.
-Tensor pack(const Tensor& codebook, bool dot) {
-  const int64_t size = codebook.size(0), width = codebook.size(1);
-  Tensor out = make(codebook, {Packed::floats(size, width)}, ScalarType::Float);
-  const Packed packed(static_cast<float*>(out.mutable_data_ptr()), size, width);
-  const float* entries = floats(codebook);
+void pack_entries(const float* entries, bool dot, const Packed& packed) {
+  const int64_t size = packed.size, width = packed.dim;
   std::fill_n(packed.mean, packed.dim, 0.f);
   if (!dot) {
     std::vector<double> sums(width);
@@ -214,6 +211,12 @@ Tensor pack(const Tensor& codebook, bool dot) {
     const double norm = std::sqrt(packed.panels ? *std::max_element(greatest.begin(), greatest.end()) : 0);
     std::fill_n(packed.greatest, PANEL, norm < MOST_NORM ? static_cast<float>(norm) : -LOWEST);
   }
+}
+
+Tensor pack(const Tensor& codebook, bool dot) {
+  const int64_t size = codebook.size(0), width = codebook.size(1);
+  Tensor out = make(codebook, {Packed::floats(size, width)}, ScalarType::Float);
+  pack_entries(floats(codebook), dot, Packed(static_cast<float*>(out.mutable_data_ptr()), size, width));
   return out;
 }
 
@@ -566,7 +569,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, const Tensor& packe
   return {ids, out, loss};
 }
 
-// Every stage quantizes what the stages before it left over; a block of rows stays in the cache for all of them.
+// Every stage quantizes what the stages before it left over; a block of rows stays in the cache for all of them. Without packed
+// forms each codebook is packed in its turn, all in one place.
 std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<Tensor>& packed,
                                              const std::vector<Tensor>& codebooks) {
   const int64_t count = x.size(0), width = x.size(1), stages = static_cast<int64_t>(codebooks.size());
@@ -574,28 +578,36 @@ std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const std::vector<
   int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
   float* vectors = static_cast<float*>(out.mutable_data_ptr());
   if (!count) return {ids, out};
+  const int64_t size = stages ? codebooks[0].size(0) : 0;
+  Buffer form = buffer(packed.empty() ? Packed::floats(size, width) : 0);
   const auto quantize_rows = [&](int64_t first, int64_t rows, const auto& search_stage) {
     Buffer residual = buffer(rows * width);
     std::vector<int64_t> found(rows);
     std::memcpy(residual.get(), floats(x) + first * width, rows * width * sizeof(float));
     std::fill_n(vectors + first * width, rows * width, 0.f);
     for (int64_t stage = 0; stage < stages; ++stage) {
-      search_stage(residual.get(), view(packed[stage], codebooks[stage].size(0), width), found.data());
-      for (int64_t n = 0; n < rows; ++n) id[(first + n) * stages + stage] = found[n];
-      search().step_residual(residual.get(), vectors + first * width, found.data(), rows, floats(codebooks[stage]), width);
+      const float* entries = floats(codebooks[stage]);
+      const Packed codes = packed.empty() ? Packed(form.get(), size, width) : view(packed[stage], size, width);
+      if (packed.empty()) pack_entries(entries, false, codes);
+      search_stage(residual.get(), codes, found.data(), [&](int64_t at, int64_t here) {
+        float *left = residual.get() + at * width, *sum = vectors + (first + at) * width;
+        search().step_residual(left, sum, found.data() + at, here, entries, width);
+        for (int64_t n = at; n < at + here; ++n) id[(first + n) * stages + stage] = found[n];
+      });
     }
   };
   const int64_t step = rows_per_block(count, width);
-  if (count < search().rows * torch::stable::get_num_threads()) {
-    quantize_rows(0, count, [&](const float* residual, const Packed& codes, int64_t* found) {
-      search_all(residual, count, codes, found, [](int64_t, int64_t) {});
+  if (packed.empty() || count < search().rows * torch::stable::get_num_threads()) {
+    quantize_rows(0, count, [&](const float* residual, const Packed& codes, int64_t* found, const auto& done) {
+      search_all(residual, count, codes, found, done);
     });
   } else {
     Luck luck;
     parallel((count + step - 1) / step, [&](int64_t block) {
       const int64_t first = block * step, rows = std::min(step, count - first);
-      quantize_rows(first, rows, [&](const float* residual, const Packed& codes, int64_t* found) {
+      quantize_rows(first, rows, [&](const float* residual, const Packed& codes, int64_t* found, const auto& done) {
         search_block(residual, rows, codes, found, luck);
+        done(0, rows);
       });
     });
   }

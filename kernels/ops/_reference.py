@@ -133,9 +133,12 @@ def assign(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> tuple[Tensor,
 
 
 def residual_quantize(x: Tensor, packed: Sequence[tuple[Tensor, Tensor]], entries: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Ids `(N, Q)` and summed entries `(N, D)` of Q stages, each of which quantizes what those before it left over."""
+    """Ids `(N, Q)` and summed entries `(N, D)` of Q stages, each of which quantizes what those before it left over.
+
+    Without packed forms, each codebook is packed in its turn.
+    """
     residual, total, ids = x, torch.zeros_like(x), []
-    for stage, codebook in zip(packed, entries, strict=True):
+    for stage, codebook in zip(packed or (pack(codebook, False) for codebook in entries), entries, strict=True):
         chosen = nearest(residual, stage, len(codebook))
         ids.append(chosen)
         residual, total = residual - codebook[chosen], total + codebook[chosen]

@@ -275,6 +275,7 @@ def residual_quantize(
     x: Tensor, packed: Sequence[tuple[Tensor, Tensor, Tensor]], entries: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """As `_reference.residual_quantize`, in one launch."""
+    packed = packed or [pack(codebook, False) for codebook in entries]
     if not packed:
         return torch.empty(len(x), 0, dtype=torch.long, device=x.device), torch.zeros_like(x)
     means, codes, biases = (torch.stack(parts) for parts in zip(*packed, strict=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokenzoo.kernels._backend import backend_for
 from tokenzoo.kernels._reference import full_precision
-from tokenzoo.kernels.nearest import PackCache, as_rows, each_cache, nearest, pack, traced
+from tokenzoo.kernels.nearest import PackCache, as_entries, as_rows, each_cache, nearest, pack, traced
 
 
 class ResidualQuantized(NamedTuple):
@@ -42,7 +42,7 @@ def residual_quantize(
     Args:
         x: Vectors, `(..., D)`, any float dtype; computed in float32.
         codebooks: Entries of the stages, `(Q, K, D)`, or `(K, D)` of each.
-        caches: One `PackCache` for each stage, for codebooks that do not change.
+        caches: One `PackCache` for each stage, for codebooks that do not change. Without, one is packed at a time.
 
     Returns:
         Ids int64 `(..., Q)` and summed entries float32 `(..., D)`; ties and non-finite vectors as in `nearest`.
@@ -119,9 +119,11 @@ def _residual(
 ) -> tuple[Tensor, Tensor]:
     rows = as_rows(x)
     backend = backend_for(rows)
-    both = zip(codebooks, each_cache(caches, len(codebooks)), strict=True)
-    stages = [pack(codebook, "l2", backend, cache) for codebook, cache in both]
-    ids, vectors = backend.residual_quantize(rows, [packed for _, packed in stages], [entries for entries, _ in stages])
+    entries, packed = [as_entries(codebook, "l2") for codebook in codebooks], []
+    if caches is not None:
+        kept = zip(codebooks, each_cache(caches, len(codebooks)), strict=True)
+        packed = [pack(codebook, "l2", backend, cache)[1] for codebook, cache in kept]
+    ids, vectors = backend.residual_quantize(rows, packed, entries)
     return ids.reshape(*x.shape[:-1], len(codebooks)), vectors.reshape(x.shape)
 
 

@@ -55,7 +55,7 @@ def test_misuse_is_refused(lane):
     for shape in ((2, 9, 3), (3, 0, 2), (0, 9, 6), (9, 6)):
         with pytest.raises(ValueError, match="expected x"):
             grouped_quantize(torch.zeros(4, 7), torch.zeros(shape))
-    with pytest.raises(ValueError, match="a cache for each of 2 groups"):
+    with pytest.raises(ValueError, match="a cache for each of 2 codebooks"):
         grouped_nearest(torch.zeros(4, 6), torch.zeros(2, 9, 3), caches=[PackCache()])
     with pytest.raises(ValueError, match="metric"):
         grouped_nearest(torch.zeros(4, 6), torch.zeros(2, 9, 3), metric="dot")

@@ -109,8 +109,10 @@ class Codec(Tokenizer):
 
     def _encode(self, batch: Tensor, *, length: int | None, seed: int) -> Codes:
         del seed
-        parts = (self.quantizer.ids(part.mT, length).mT for part in _gathered(self._latents(batch)))
-        return self._codes(parts, -(-batch.shape[-1] // self.hop), length)
+        num_frames = -(-batch.shape[-1] // self.hop)
+        keep = num_frames <= _FRAMES_TOGETHER
+        parts = (self.quantizer.ids(part.mT, length, keep=keep).mT for part in _gathered(self._latents(batch)))
+        return self._codes(parts, num_frames, length)
 
     def _decode(self, ids: Tensor, lengths: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         del extras
@@ -224,15 +226,13 @@ def _joined(parts: Iterable[Tensor], rows: int, steps: int) -> Tensor:
 def _gathered(parts: Iterable[Tensor]) -> Iterator[Tensor]:
     """Parts `[B, D, T]` joined in groups, since quantizers read all of their codebooks at every call.
 
-    The first part goes by itself, so that quantizers pack their codebooks before the memory that pieces take is laid out. All
-    other groups are in one buffer, step by step in memory: each is used up before the next is asked for.
+    Groups are in one buffer, step by step in memory: each is used up before the next is asked for.
     """
-    parts = iter(parts)
-    first = next(parts)
-    yield first
-    group, size = first.new_empty(len(first), _FRAMES_TOGETHER, first.shape[1]).mT, 0
+    group, size = torch.empty(0), 0
     for part in parts:
         steps = part.shape[-1]
+        if not len(group) and steps < _FRAMES_TOGETHER:
+            group = part.new_empty(len(part), _FRAMES_TOGETHER, part.shape[1]).mT
         if size and size + steps > _FRAMES_TOGETHER:
             yield group[..., :size]
             size = 0

@@ -103,13 +103,13 @@ class SplitQuantizer(nn.Module):
             for stages in (config.num_semantic, config.num_codebooks - config.num_semantic)
         )
 
-    def ids(self, x: Tensor, num_stages: int | None = None) -> Tensor:
-        """Ids int64 `[B, T, K']` of vectors `[B, T, D]` from the first K' = `num_stages` stages (all by default)."""
+    def ids(self, x: Tensor, num_stages: int | None = None, *, keep: bool = True) -> Tensor:
+        """Ids int64 `[B, T, K']` of vectors `[B, T, D]` from the first K' = `num_stages` stages; as `ResidualQuantizer.ids`."""
         total = self.num_semantic + len(self.acoustic.stages) if num_stages is None else num_stages
-        first = self.semantic.ids(x, min(total, self.num_semantic))
+        first = self.semantic.ids(x, min(total, self.num_semantic), keep=keep)
         if total <= self.num_semantic:
             return first
-        return torch.cat([first, self.acoustic.ids(x, total - self.num_semantic)], -1)
+        return torch.cat([first, self.acoustic.ids(x, total - self.num_semantic, keep=keep)], -1)
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Vectors float32 `[B, T, D]` of ids `[B, T, K']` of the first K' stages."""

@@ -272,13 +272,17 @@ class ResidualQuantizer(Quantizer):
         _check_choices(metric, gradient)
 
     @torch.no_grad()
-    def ids(self, x: Tensor, num_stages: int | None = None) -> Tensor:
-        """Ids int64 `(..., Q')` of vectors `(..., D)` from the first Q' = `num_stages` stages (all by default)."""
+    def ids(self, x: Tensor, num_stages: int | None = None, *, keep: bool = True) -> Tensor:
+        """Ids int64 `(..., Q')` of vectors `(..., D)` from the first Q' = `num_stages` stages (all by default).
+
+        In eval mode packed codebooks, up to twice their size, are kept for the next call; without `keep`, under `metric="l2"`,
+        there is only one at a time, which takes hardly longer for a thousand vectors and more.
+        """
         stages = _prefix(self.stages, num_stages)
         with torch.autocast(x.device.type, enabled=False):
             residual = self.in_proj(x.float())
             if self.metric == "l2":
-                caches = None if self.training else [stage._cache for stage in stages]
+                caches = None if self.training or not keep else [stage._cache for stage in stages]
                 return residual_quantize(residual, [stage.codebook for stage in stages], caches=caches).ids
             ids = []
             for stage in stages:
@@ -364,8 +368,11 @@ class ProjectedResidualQuantizer(Quantizer):
         return super().train(mode)
 
     @torch.no_grad()
-    def ids(self, x: Tensor, num_stages: int | None = None) -> Tensor:
-        """Ids int64 `(..., Q')` of vectors `(..., D)` from the first Q' = `num_stages` stages (all by default)."""
+    def ids(self, x: Tensor, num_stages: int | None = None, *, keep: bool = True) -> Tensor:
+        """Ids int64 `(..., Q')` of vectors `(..., D)` from the first Q' = `num_stages` stages (all by default).
+
+        In eval mode copies of the parameters are kept for the next call, unless without `keep`.
+        """
         stages, count = _prefix(self.stages), len(_prefix(self.stages, num_stages))
         sources = [
             [stage.codebook for stage in stages],
@@ -374,7 +381,7 @@ class ProjectedResidualQuantizer(Quantizer):
             [stage.out_proj.weight for stage in stages],
             [stage.out_proj.bias for stage in stages],
         ]
-        codebooks, *maps = (stack[:count] for stack in self._stacks.get(not self.training, sources))
+        codebooks, *maps = (stack[:count] for stack in self._stacks.get(keep and not self.training, sources))
         return projected_residual_quantize(x, codebooks, Projections(*maps), metric=self.metric).ids
 
     def lookup(self, ids: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 // The screen on AMX, a unit of recent x86 processors that multiplies tiles of bfloat16 and adds up in float32.
 //
 // A float32 is high + low + rest, high and low bfloat16, the rest at most 2^-18 of it. A score is summed up from
-// high * high + high * low + low * high: three times the products, at more than ten times the rate.
+// low * high + high * high + high * low: three times the products, at more than ten times the rate.
 //
 // Nothing in here may be a symbol that the linker could share with code for all processors (search.h).
 #include "screen.h"
@@ -70,13 +70,12 @@ inline void score(const float* rows, const float* panels, const float* bias, int
   _tile_loadd(3, bias + PANEL, 0);
   for (int64_t high = 0; high < width; high += 2 * SCREEN_TILE) {
     const int64_t low = high + SCREEN_TILE;
-    load_rows(high);
-    load_panels(high);
-    multiply();
-    load_panels(low);
-    multiply();
     load_rows(low);
     load_panels(high);
+    multiply();
+    load_rows(high);
+    multiply();
+    load_panels(low);
     multiply();
   }
   _tile_stored(0, scores, 64);

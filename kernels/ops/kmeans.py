@@ -10,6 +10,9 @@ from tokenzoo.kernels._backend import backend_for
 from tokenzoo.kernels.nearest import nearest, pack
 
 
+_FEW_CHANGES = 8  # one row in so many; reading all of them once more than that takes longer
+
+
 class Clusters(NamedTuple):
     """Centroids `(K, D)` and the centroid of each vector, int64 `(...)`."""
 
@@ -55,8 +58,10 @@ def kmeans(
         raise ValueError(f"expected initial centroids {(size, rows.shape[1])}, got {tuple(initial.shape)}")
     means = _seed(rows, size, generator) if initial is None else initial.detach().to(rows)
     centroids = F.normalize(means, dim=-1) if spherical else means
+    sums = _Sums(rows, size)
     for _ in range(iterations):
-        before, means = means, _update(rows, centroids, means, keep_empty)
+        sums.assign(centroids)
+        before, means = means, _moved(sums, means, keep_empty)
         centroids = F.normalize(means, dim=-1) if spherical else means
         if float(torch.linalg.vector_norm(means - before)) <= tolerance:
             break
@@ -77,13 +82,45 @@ def _seed(rows: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
     return torch.cat(chosen)
 
 
-def _update(rows: Tensor, centroids: Tensor, means: Tensor, keep_empty: bool) -> Tensor:
-    backend = backend_for(rows)
-    _, packed = pack(centroids, "l2", backend)
-    ids, counts, sums = backend.assign(rows, packed, len(centroids))
-    moved = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), means)
-    empty = (counts == 0).nonzero()[:, 0]
+class _Sums:
+    """The nearest centroid of every row, and the number and sum of each centroid's rows.
+
+    Where few rows changed from one round to the next, these alone are taken from the old sums and added to the new.
+    """
+
+    def __init__(self, rows: Tensor, size: int) -> None:
+        self.rows, self.size = rows, size
+        self.backend = backend_for(rows)
+        self.changed = len(rows)
+        self.ids: Tensor
+        self.counts: Tensor
+        self.sums: Tensor
+
+    def assign(self, centroids: Tensor) -> None:
+        """Assigns the rows to these centroids `(K, D)`; `counts` `(K,)` and `sums` `(K, D)` are float64."""
+        _, packed = pack(centroids, "l2", self.backend)
+        if self.changed * _FEW_CHANGES > len(self.rows):
+            ids, counts, sums = self.backend.assign(self.rows, packed, self.size)
+            self.counts, self.sums = counts.double(), sums.double()
+            self.changed = int((ids != self.ids).sum()) if hasattr(self, "ids") else len(ids)
+        else:
+            ids = self.backend.nearest(self.rows, packed, self.size)
+            changed = (ids != self.ids).nonzero()[:, 0]
+            rows = self.rows[changed]
+            for found, sign in ((self.ids, -1), (ids, 1)):
+                counts, sums = self.backend.code_sums(rows, found[changed], self.size)
+                self.counts.add_(counts, alpha=sign)
+                self.sums.add_(sums, alpha=sign)
+            self.changed = len(changed)
+        self.ids = ids
+
+
+def _moved(found: _Sums, means: Tensor, keep_empty: bool) -> Tensor:
+    """The means of the rows of each centroid."""
+    averages = (found.sums / found.counts[:, None].clamp_min(1)).to(means)
+    moved = torch.where(found.counts[:, None] > 0, averages, means)
+    empty = (found.counts == 0).nonzero()[:, 0]
     if len(empty) and not keep_empty:
-        far = (rows - moved[ids]).square().sum(1).topk(min(len(empty), len(rows))).indices
-        moved[empty[: len(far)]] = rows[far]
+        far = (found.rows - moved[found.ids]).square().sum(1).topk(min(len(empty), len(found.rows))).indices
+        moved[empty[: len(far)]] = found.rows[far]
     return moved

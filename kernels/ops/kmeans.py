@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from tokenzoo.kernels._backend import backend_for
 from tokenzoo.kernels.nearest import nearest, pack
 
-
 _FEW_CHANGES = 8  # one row in so many; reading all of them once more than that takes longer
 
 

@@ -1,8 +1,13 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tokenzoo.training import DataRecipe, Recipe
+from tokenzoo.training import DataRecipe, Recipe, loop
+from tokenzoo.training.checkpoint import Checkpoint
 
 TINY = {
     "image_size": 16,
@@ -50,3 +55,31 @@ def recipe(photos, tmp_path):
         eval_items=4,
         eval_lengths=(2, 6),
     )
+
+
+@pytest.fixture
+def log():
+    """The log of a recipe's run, a dictionary a line."""
+    return lambda recipe: [json.loads(line) for line in (Path(recipe.output) / loop.LOG).read_text().splitlines()]
+
+
+@pytest.fixture
+def checkpoint():
+    """The last checkpoint of a recipe's run."""
+    return lambda recipe: Checkpoint.load(Path(recipe.output) / loop.CHECKPOINT)
+
+
+@pytest.fixture
+def same():
+    """Whether tensors, and dictionaries and sequences of them, are equal to the last bit."""
+    return _same
+
+
+def _same(left, right):
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return left == right

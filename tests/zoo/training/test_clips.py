@@ -1,7 +1,5 @@
-import json
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +7,7 @@ import torch
 
 from tokenzoo import load
 from tokenzoo.tokenizers.errors import ConfigError, MediaError
-from tokenzoo.training import Recipe, loop, train
-from tokenzoo.training.checkpoint import Checkpoint
+from tokenzoo.training import Recipe, train
 from tokenzoo.training.clips import ClipCropSampler, ClipStore, find_clips, split_files
 from tokenzoo.training.recipe import AdversaryRecipe, ClipsRecipe
 from tokenzoo.training.sources import prepare
@@ -70,20 +67,6 @@ def recipe(films, tmp_path):
         log_every=2,
         eval_every=4,
     )
-
-
-def log(recipe):
-    return [json.loads(line) for line in (Path(recipe.output) / loop.LOG).read_text().splitlines()]
-
-
-def same(left, right):
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
 
 
 def test_the_store_holds_every_frame_at_every_size(films, tmp_path):
@@ -150,17 +133,16 @@ def test_held_out_crops_may_have_a_size_of_their_own(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("adversary", [AdversaryRecipe(), ADVERSARY], ids=["pixels", "adversarial"])
-def test_stopped_and_resumed_equals_never_stopped(recipe, tmp_path, adversary):
+def test_stopped_and_resumed_equals_never_stopped(recipe, tmp_path, adversary, checkpoint, same):
     recipe = replace(recipe, adversary=adversary)
     train(recipe)
     parts = replace(recipe, output=str(tmp_path / "parts"))
     train(replace(parts, steps=3))
     train(parts, resume=True)
-    whole, resumed = (Checkpoint.load(Path(r.output) / loop.CHECKPOINT) for r in (recipe, parts))
-    assert same(vars(whole), vars(resumed))
+    assert same(vars(checkpoint(recipe)), vars(checkpoint(parts)))
 
 
-def test_the_loss_falls_and_the_result_loads(recipe):
+def test_the_loss_falls_and_the_result_loads(recipe, log):
     folder = train(replace(recipe, steps=60, log_every=20, eval_every=60))
     lines = log(recipe)
     assert lines[2]["log_error"] < lines[0]["log_error"]
@@ -170,14 +152,14 @@ def test_the_loss_falls_and_the_result_loads(recipe):
     assert clip.shape == (12, 3, 32, 48)
 
 
-def test_discriminators_of_clips_learn_along(recipe):
+def test_discriminators_of_clips_learn_along(recipe, log):
     train(replace(recipe, steps=30, log_every=15, adversary=replace(ADVERSARY, learning_rate=3e-3)))
     lines = [line for line in log(recipe) if "loss" in line]
     assert {"discriminator", "adversarial", "features", "log_error"} <= lines[0].keys()
     assert lines[1]["discriminator"] < lines[0]["discriminator"]
 
 
-def test_published_architectures_train_on_clips_too(recipe):
+def test_published_architectures_train_on_clips_too(recipe, log):
     config = {"channels": 8, "multipliers": [1, 1, 1, 1], "num_blocks": 1, "levels": [8, 8, 8]}
     train(replace(recipe, architecture="vidtok", config=config, adversary=ADVERSARY, steps=2))
     (line, *_) = [line for line in log(recipe) if "loss" in line]

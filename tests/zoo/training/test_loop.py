@@ -4,7 +4,6 @@ import os
 import signal
 from dataclasses import replace
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,18 +15,14 @@ from tokenzoo.tokenizers.image.maskgit_vqgan import VQGAN, VQGANConfig
 from tokenzoo.tokenizers.learning import Learning
 from tokenzoo.tokenizers.quantizers import VectorQuantizer
 from tokenzoo.training import Recipe, loop, train
-from tokenzoo.training.checkpoint import AveragedWeights, Checkpoint
-
-
-def checkpoint(recipe):
-    return Checkpoint.load(Path(recipe.output) / loop.CHECKPOINT)
+from tokenzoo.training.checkpoint import AveragedWeights
 
 
 def equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_stopped_and_resumed_equals_never_stopped(recipe, tmp_path):
+def test_stopped_and_resumed_equals_never_stopped(recipe, tmp_path, checkpoint):
     train(recipe)
     whole = checkpoint(recipe)
     parts = replace(recipe, output=str(tmp_path / "parts"))
@@ -41,18 +36,18 @@ def test_stopped_and_resumed_equals_never_stopped(recipe, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
 
 
-def test_what_another_recipe_changes_is_logged(recipe, caplog):
+def test_what_another_recipe_changes_is_logged(recipe, caplog, log):
     train(replace(recipe, steps=2))
     train(replace(recipe, steps=2), resume=True)
     assert "another recipe" not in caplog.text
     train(replace(recipe, steps=3, learning_rate=recipe.learning_rate / 2), resume=True)
-    lines = [json.loads(line) for line in (Path(recipe.output) / loop.LOG).read_text().splitlines()]
+    lines = log(recipe)
     changed = next(line["recipe"] for line in lines if "recipe" in line)
     assert changed == {"learning_rate": [recipe.learning_rate, recipe.learning_rate / 2], "steps": [2, 3]}
     assert "another recipe" in caplog.text
 
 
-def test_a_signal_saves_and_ends_the_run(recipe, monkeypatch):
+def test_a_signal_saves_and_ends_the_run(recipe, monkeypatch, checkpoint):
     advance = loop._Run.advance
 
     def interrupted(run):
@@ -67,18 +62,18 @@ def test_a_signal_saves_and_ends_the_run(recipe, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_result_loads_and_holds_the_average(recipe):
+def test_the_result_loads_and_holds_the_average(recipe, log, checkpoint):
     folder = train(replace(recipe, eval_every=3))
     tokenizer = load(str(folder))
     averaged = checkpoint(recipe).averaged
     assert all(torch.equal(tokenizer.state_dict()[name], value) for name, value in averaged.items())
-    lines = [json.loads(line) for line in (Path(recipe.output) / loop.LOG).read_text().splitlines()]
+    lines = log(recipe)
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
     assert {"held_out_psnr_2", "held_out_psnr_6"} <= lines[1].keys()
     assert {"loss", "psnr", "items_per_second"} <= lines[0].keys()
 
 
-def test_frozen_parameters_stay(recipe):
+def test_frozen_parameters_stay(recipe, checkpoint):
     train(replace(recipe, steps=1, freeze=("code.*",)))
     first = checkpoint(recipe).model
     train(replace(recipe, freeze=("code.*",)), resume=True)
@@ -87,16 +82,16 @@ def test_frozen_parameters_stay(recipe):
     assert not torch.equal(first["refiner.head.weight"], last["refiner.head.weight"])
 
 
-def test_fine_tuning_starts_from_given_weights(recipe, tmp_path):
+def test_fine_tuning_starts_from_given_weights(recipe, tmp_path, checkpoint):
     folder = train(recipe)
     tuned = replace(recipe, architecture="", start=str(folder), steps=1, output=str(tmp_path / "tuned"))
     train(replace(tuned, learning_rate=0.0))
     assert equal(load(str(folder)).state_dict(), checkpoint(tuned).model)
 
 
-def test_the_error_falls(recipe):
+def test_the_error_falls(recipe, log):
     train(replace(recipe, steps=60, learning_rate=3e-3, log_every=20, freeze=("code.*",)))
-    lines = [json.loads(line) for line in (Path(recipe.output) / loop.LOG).read_text().splitlines()]
+    lines = log(recipe)
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 

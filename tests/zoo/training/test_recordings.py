@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +8,7 @@ import torch
 
 from tokenzoo import load
 from tokenzoo.tokenizers.errors import ConfigError, MediaError
-from tokenzoo.training import Recipe, loop, train
-from tokenzoo.training.checkpoint import Checkpoint
+from tokenzoo.training import Recipe, train
 from tokenzoo.training.recipe import AdversaryRecipe, RecordingsRecipe
 from tokenzoo.training.recordings import ClipSampler, RecordingStore, find_recordings, split_recordings
 
@@ -61,26 +59,8 @@ def recipe(recordings, tmp_path):
     )
 
 
-def checkpoint(recipe):
-    return Checkpoint.load(Path(recipe.output) / loop.CHECKPOINT)
-
-
-def log(recipe):
-    return [json.loads(line) for line in (Path(recipe.output) / loop.LOG).read_text().splitlines()]
-
-
-def same(left, right):
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
-
-
 @pytest.mark.parametrize("adversary", [AdversaryRecipe(), ADVERSARY], ids=["spectral", "adversarial"])
-def test_stopped_and_resumed_equals_never_stopped(recipe, tmp_path, adversary):
+def test_stopped_and_resumed_equals_never_stopped(recipe, tmp_path, adversary, checkpoint, same):
     recipe = replace(recipe, adversary=adversary)
     train(recipe)
     parts = replace(recipe, output=str(tmp_path / "parts"))
@@ -89,7 +69,7 @@ def test_stopped_and_resumed_equals_never_stopped(recipe, tmp_path, adversary):
     assert same(vars(checkpoint(recipe)), vars(checkpoint(parts)))
 
 
-def test_the_distance_falls_and_the_result_loads(recipe):
+def test_the_distance_falls_and_the_result_loads(recipe, log):
     folder = train(replace(recipe, steps=60, log_every=20, eval_every=60))
     lines = log(recipe)
     assert lines[2]["mel"] < lines[0]["mel"]
@@ -99,7 +79,7 @@ def test_the_distance_falls_and_the_result_loads(recipe):
     assert tokenizer.decode(tokenizer.encode(torch.zeros(1000)))[0].shape == (1, 1000)
 
 
-def test_discriminators_learn_and_change_what_the_tokenizer_learns(recipe, tmp_path):
+def test_discriminators_learn_and_change_what_the_tokenizer_learns(recipe, tmp_path, log, checkpoint, same):
     train(replace(recipe, steps=40, log_every=20, eval_every=40, adversary=ADVERSARY))
     lines = log(recipe)
     assert {"discriminator", "adversarial", "features"} <= lines[0].keys()

@@ -50,7 +50,9 @@ def run_recipe(recipe: str | Path, *, data: Path | None = None, out: Path | None
 
 
 def train(recipe: Recipe, tokenizer: Tokenizer | None = None, *, resume: bool = False) -> Path:
-    """Trains `tokenizer`, by default the one that the recipe names, until `recipe.steps`, SIGINT or SIGTERM.
+    """Trains `tokenizer`, by default the one that the recipe names, until `recipe.steps`.
+
+    After SIGINT and SIGTERM the step is finished and the run saved as at its end, then KeyboardInterrupt raised.
 
     What is frozen in a given `tokenizer` stays so, and `recipe.freeze` freezes more. A run may be resumed by another recipe;
     what differs is written to the log.
@@ -60,6 +62,7 @@ def train(recipe: Recipe, tokenizer: Tokenizer | None = None, *, resume: bool = 
 
     Raises:
         ConfigError: If the recipe does not fit the data, or `resume` finds no checkpoint, or would overwrite one without it.
+        KeyboardInterrupt: If a signal ended the run.
     """
     output = Path(recipe.output)
     checkpoint = _find_checkpoint(output, resume)
@@ -75,7 +78,10 @@ def train(recipe: Recipe, tokenizer: Tokenizer | None = None, *, resume: bool = 
         while run.step < recipe.steps and not stopping:
             run.advance()
     run.save()
-    return run.export()
+    folder = run.export()
+    if run.step < recipe.steps:
+        raise KeyboardInterrupt
+    return folder
 
 
 class _Run:

@@ -47,7 +47,7 @@ def test_what_another_recipe_changes_is_logged(recipe, caplog, log):
     assert "another recipe" in caplog.text
 
 
-def test_a_signal_saves_and_ends_the_run(recipe, monkeypatch, checkpoint):
+def test_a_signal_saves_and_interrupts_the_run(recipe, monkeypatch, checkpoint):
     advance = loop._Run.advance
 
     def interrupted(run):
@@ -57,8 +57,10 @@ def test_a_signal_saves_and_ends_the_run(recipe, monkeypatch, checkpoint):
 
     monkeypatch.setattr(loop._Run, "advance", interrupted)
     before = signal.getsignal(signal.SIGTERM)
-    train(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
     assert checkpoint(recipe).step == 2
+    assert load(recipe.output + "/averaged").architecture == "one_d_piece_nano"
     assert signal.getsignal(signal.SIGTERM) is before
 
 

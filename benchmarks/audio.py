@@ -44,8 +44,11 @@ def random_codec(name: str) -> Codec:
 
 
 def peer_of(name: str, codec: Codec, file: Path | None) -> Any | None:
-    """The installed peer, or that in the file, with our weights."""
-    state = codec.adapters[find_card(name).source.adapter or ""].to_published(codec.state_dict())
+    """The installed peer, or that in the file, with our weights; `None` for what was not published elsewhere."""
+    adapter = codec.adapters.get(find_card(name).source.adapter or "")
+    if adapter is None:
+        return None  # our own
+    state = adapter.to_published(codec.state_dict())
     peer = installed_peer(codec, state)
     if peer is None and file is not None:
         peer = load_peer(file)

@@ -38,6 +38,7 @@ constexpr int64_t FEW_ROWS = 16;
 constexpr int64_t FEW_PANELS = 4;                // codes, and their least width, for which rows are not worth packing
 constexpr int64_t FEW_CODES_WIDTH = 32;
 constexpr int64_t SCREEN_WIDTH = 32;             // least width that is worth a screen
+constexpr int64_t FEW_OPEN = 8;                  // rows that are not worth a second screen, which takes SCREEN_ROWS at once
 constexpr int64_t SHARED_CODE_BYTES = 8 << 20;   // codes that are better read once by all threads than once by each
 constexpr int64_t CODE_BLOCK_BYTES = 16 << 10;   // codes that stay in L1 while the row block passes over them
 constexpr int64_t PACK_PANELS = 16;              // panels that are worth a thread
@@ -131,7 +132,7 @@ void parallel(int64_t count, const F& body) {
 }
 
 // A packed codebook, all float32: [bias, even panels * PANEL][panels][dim][PANEL], for a screen [even panels][tiles][greatest
-// norm of an entry, once a lane], [mean, dim].
+// norm of an entry, greatest norm of one less its high part, space to PANEL], [mean, dim].
 struct Packed {
   int64_t size, dim, panels, even;
   float *bias, *codes, *tiles, *greatest, *mean;
@@ -181,7 +182,7 @@ void pack_entries(const float* entries, bool dot, const Packed& packed) {
     for (int64_t d = 0; d < width && finite; ++d) packed.mean[d] = static_cast<float>(sums[d] / static_cast<double>(finite));
   }
   std::fill_n(packed.bias, packed.even * PANEL, LOWEST);
-  std::vector<double> greatest(packed.panels);
+  std::vector<double> greatest(packed.panels), rests(packed.panels);
   parallel((packed.panels + PACK_PANELS - 1) / PACK_PANELS, [&](int64_t block) {
     for (int64_t p = block * PACK_PANELS; p < std::min(packed.panels, (block + 1) * PACK_PANELS); ++p) {
       float* panel = packed.codes + p * packed.dim * PANEL;
@@ -203,13 +204,15 @@ void pack_entries(const float* entries, bool dot, const Packed& packed) {
         else
           greatest[p] = std::max(greatest[p], norms[i]);
       }
-      if (packed.tiles) amx::pack_panel(panel, width, packed.tiles + p * screen_floats(width));
+      if (packed.tiles) rests[p] = amx::pack_panel(panel, width, packed.tiles + p * screen_floats(width));
     }
   });
   if (packed.tiles) {
     if (packed.panels < packed.even) std::fill_n(packed.tiles + packed.panels * screen_floats(width), screen_floats(width), 0.f);
     const double norm = std::sqrt(packed.panels ? *std::max_element(greatest.begin(), greatest.end()) : 0);
-    std::fill_n(packed.greatest, PANEL, norm < MOST_NORM ? static_cast<float>(norm) : -LOWEST);
+    std::fill_n(packed.greatest, PANEL, 0.f);
+    packed.greatest[0] = norm < MOST_NORM ? static_cast<float>(norm) : -LOWEST;
+    packed.greatest[1] = packed.panels ? static_cast<float>(*std::max_element(rests.begin(), rests.end())) : 0.f;
   }
 }
 
@@ -281,25 +284,28 @@ int64_t rows_per_block(int64_t count, int64_t dim) {
 // Rows as tiles of a screen.
 struct Screen {
   int64_t count, padded, dim;
-  Buffer rows, norms, scratch;
+  bool rough;
+  Buffer rows, norms, rests, scratch;
 
-  Screen(const float* x, int64_t count, const Packed& packed, int64_t parts)
-      : count(count), padded((count + SCREEN_ROWS - 1) / SCREEN_ROWS * SCREEN_ROWS), dim(packed.dim),
-        rows(buffer(padded / PANEL * screen_floats(dim))), norms(buffer(padded)), scratch(buffer(parts * padded * 3 * PANEL)) {
-    amx::pack_rows(x, count, dim, packed.mean, rows.get(), norms.get());
+  Screen(const float* x, int64_t count, const Packed& packed, int64_t parts, bool rough)
+      : count(count), padded((count + SCREEN_ROWS - 1) / SCREEN_ROWS * SCREEN_ROWS), dim(packed.dim), rough(rough),
+        rows(buffer(padded / PANEL * screen_floats(dim, rough))), norms(buffer(padded)), rests(buffer(padded)),
+        scratch(buffer(parts * padded * 3 * PANEL)) {
+    amx::pack_rows(x, count, dim, packed.mean, rough, rows.get(), norms.get(), rests.get());
   }
   void scan(const Packed& packed, int64_t part, int64_t first, int64_t last, Lead* leads) const {
-    amx::scan(rows.get(), padded, dim, packed.tiles, packed.bias, first, last, scratch.get() + part * padded * 3 * PANEL,
+    amx::scan(rows.get(), padded, dim, rough, packed.tiles, packed.bias, first, last, scratch.get() + part * padded * 3 * PANEL,
               leads + part * padded);
   }
   // Finds the ids of all rows but those that it returns. Each part is a range of panels, with leads and states of its own.
   //
   // No code is nearest to a row whose score is below the best by more than twice what the screen and the search in float32 can
-  // be wrong by together: by rounding, in 3 * dim additions in the screen and dim in the search, by what high and low leave out,
-  // and by underflow. Where others remain beside the best, they are compared in float32, if all of them are known: a state
+  // be wrong by together: by rounding, in 3 * dim additions in the screen and dim in the search, by what high and low leave out
+  // (two rests of 2^-17, and low * low of 2^-16), by all but the high parts if rough, and by underflow. Where others remain beside the best, they are compared in float32, if all of them are known: a state
   // remembers one code of each lane.
   std::vector<int64_t> settle(const float* x, const Packed& packed, int64_t parts, const Lead* leads, int64_t* ids) const {
-    const float wrong = (5 * static_cast<float>(dim) + 64) * 0x1p-24f + 3.1f * 0x1p-18f, reach = *packed.greatest + 1e-15f;
+    const float wrong = (5 * static_cast<float>(dim) + 64) * 0x1p-24f + 8.1f * 0x1p-18f;
+    const float reach = packed.greatest[0] + 1e-15f, code_rest = rough ? packed.greatest[1] + 1e-15f : 0.f;
     Buffer row = buffer(dim);
     std::vector<int64_t> open;
     for (int64_t n = 0; n < count; ++n) {
@@ -311,11 +317,13 @@ struct Screen {
         if (other.best > lead.best) lead = other;
         lead.second = second;
       }
-      const float least = lead.best - 2 * wrong * (1.001f * (norms[n] + 1e-15f) * reach + reach * reach / 2) - 1e-30f;
+      const float norm = 1.001f * (norms[n] + 1e-15f), rest = rough ? 1.001f * (rests[n] + 1e-15f) : 0.f;
+      const float error = wrong * (norm * reach + reach * reach / 2) + 1.01f * (rest * reach + norm * code_rest);
+      const float least = lead.best - 2 * error - 1e-30f;
       if (lead.second < least) {
         ids[n] = lead.code;
       } else {
-        ids[n] = packed.panels <= FEW_PANELS ? -1 : compare(x + n * dim, packed, parts, n, least, row.get());
+        ids[n] = rough || packed.panels <= FEW_PANELS ? -1 : compare(x + n * dim, packed, parts, n, least, row.get());
       }
       if (ids[n] < 0) open.push_back(n);
     }
@@ -414,22 +422,27 @@ void search_short(const float* x, int64_t count, const Packed& packed, int64_t* 
 }
 
 // How a search goes: where most rows stay open, a screen is a waste.
-struct Luck {
+struct Tally {
   std::atomic<int64_t> rows{0}, open{0};
   bool holds() const { return 2 * open <= rows; }
 };
+struct Luck {
+  Tally rough, fine;
+};
 
-// The ids of some rows by one thread.
-void search_block(const float* x, int64_t count, const Packed& packed, int64_t* ids, Luck& luck) {
-  if (packed.tiles && luck.holds()) {
-    const Screen screen(x, count, packed, 1);
+// The ids of some rows by one thread: of most by a rough screen, of most others by a fine one.
+void search_block(const float* x, int64_t count, const Packed& packed, int64_t* ids, Luck& luck, bool try_rough = true) {
+  const bool rough = try_rough && luck.rough.holds();
+  Tally& tally = rough ? luck.rough : luck.fine;
+  if (packed.tiles && tally.holds()) {
+    const Screen screen(x, count, packed, 1, rough);
     std::vector<Lead> leads(screen.padded);
     screen.scan(packed, 0, 0, packed.even, leads.data());
     const std::vector<int64_t> open = screen.settle(x, packed, 1, leads.data(), ids);
-    luck.rows += count;
-    luck.open += static_cast<int64_t>(open.size());
+    tally.rows += count;
+    tally.open += static_cast<int64_t>(open.size());
     search_open(x, open, packed.dim, ids, [&](const float* rows, int64_t number, int64_t* found) {
-      search_block(rows, number, packed.without_screen(), found, luck);
+      search_block(rows, number, rough && number > FEW_OPEN ? packed : packed.without_screen(), found, luck, false);
     });
   } else if (count <= FEW_ROWS || (packed.panels <= FEW_PANELS && packed.dim >= FEW_CODES_WIDTH)) {
     search_short(x, count, packed, ids);
@@ -441,7 +454,7 @@ void search_block(const float* x, int64_t count, const Packed& packed, int64_t* 
 // As search_shared, by a screen.
 void screen_shared(const float* x, int64_t count, const Packed& packed, int64_t* ids) {
   const int64_t parts = std::min(code_parts(count, packed), packed.even / 2);
-  const Screen screen(x, count, packed, parts);
+  const Screen screen(x, count, packed, parts, false);
   std::vector<Lead> leads(parts * screen.padded);
   parallel(parts, [&](int64_t p) {
     screen.scan(packed, p, packed.even / 2 * p / parts * 2, packed.even / 2 * (p + 1) / parts * 2, leads.data());

@@ -1,7 +1,7 @@
 // The screen on AMX, a unit of recent x86 processors that multiplies tiles of bfloat16 and adds up in float32.
 //
-// A float32 is high + low + rest, high and low bfloat16, the rest at most 2^-18 of it. A score is summed up from
-// low * high + high * high + high * low: three times the products, at more than ten times the rate.
+// A float32 is high + low + rest, high and low bfloat16, low at most 2^-8 and the rest at most 2^-17 of it. A score is summed up
+// from low * high + high * high + high * low: three times the products, at more than ten times the rate.
 //
 // Nothing in here may be a symbol that the linker could share with code for all processors (search.h).
 #include "screen.h"
@@ -37,22 +37,34 @@ void configure() {
   _tile_loadconfig(setting);
 }
 
-// Two vectors of values as bfloat16, high and low.
-inline void split(__m512 first, __m512 second, float* high, float* low) {
+// Two vectors of values as bfloat16: the high parts are stored, and what is left of the values returned.
+inline void take_high(__m512& first, __m512& second, float* high) {
   const __m512i upper = (__m512i)_mm512_cvtne2ps_pbh(second, first);
   const auto widened = [](__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); };
-  const __m512 rest1 = _mm512_sub_ps(first, widened(_mm512_castsi512_si256(upper)));
-  const __m512 rest2 = _mm512_sub_ps(second, widened(_mm512_extracti64x4_epi64(upper, 1)));
+  first = _mm512_sub_ps(first, widened(_mm512_castsi512_si256(upper)));
+  second = _mm512_sub_ps(second, widened(_mm512_extracti64x4_epi64(upper, 1)));
   _mm512_storeu_si512(high, upper);
-  _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(rest2, rest1));
+}
+
+inline void take_low(__m512 first, __m512 second, float* low) {
+  _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+inline __m512 add_squares(__m512 first, __m512 second, __m512 sum) {
+  return _mm512_fmadd_ps(first, first, _mm512_fmadd_ps(second, second, sum));
+}
+
+inline float norm_of(__m512 squares) {
+  return _mm512_cvtss_f32(_mm512_sqrt_ps(_mm512_set1_ps(_mm512_reduce_add_ps(squares))));
 }
 
 // Scores of SCREEN_ROWS rows and two panels, [row tile][panel][row][code].
+template <bool ROUGH>
 inline void score(const float* rows, const float* panels, const float* bias, int64_t steps, float* scores) {
-  const int64_t width = 2 * steps * SCREEN_TILE;
+  const int64_t width = 2 * steps * SCREEN_TILE, row_width = ROUGH ? width / 2 : width;
   const auto load_rows = [&](int64_t at) {
     _tile_loadd(4, rows + at, 64);
-    _tile_loadd(5, rows + width + at, 64);
+    _tile_loadd(5, rows + row_width + at, 64);
   };
   const auto load_panels = [&](int64_t at) {
     _tile_loadd(6, panels + at, 64);
@@ -70,6 +82,12 @@ inline void score(const float* rows, const float* panels, const float* bias, int
   _tile_loadd(3, bias + PANEL, 0);
   for (int64_t high = 0; high < width; high += 2 * SCREEN_TILE) {
     const int64_t low = high + SCREEN_TILE;
+    if constexpr (ROUGH) {
+      load_rows(high / 2);
+      load_panels(high);
+      multiply();
+      continue;
+    }
     load_rows(low);
     load_panels(high);
     multiply();
@@ -123,26 +141,33 @@ bool available() {
   return answer;
 }
 
-void pack_panel(const float* panel, int64_t dim, float* tiles) {
+float pack_panel(const float* panel, int64_t dim, float* tiles) {
   // A tile's row holds two dims of PANEL codes, those of a code side by side.
   const __m512i low_half = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high_half = _mm512_add_epi32(low_half, _mm512_set1_epi32(8));
+  __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int64_t step = 0; step < screen_steps(dim); ++step, tiles += 2 * SCREEN_TILE)
     for (int64_t pair = 0; pair < SCREEN_STEP / 2; ++pair) {
       const int64_t d = step * SCREEN_STEP + 2 * pair;
       const __m512 even = d < dim ? _mm512_loadu_ps(panel + d * PANEL) : _mm512_setzero_ps();
       const __m512 odd = d + 1 < dim ? _mm512_loadu_ps(panel + (d + 1) * PANEL) : _mm512_setzero_ps();
-      split(_mm512_permutex2var_ps(even, low_half, odd), _mm512_permutex2var_ps(even, high_half, odd), tiles + pair * LANES,
-            tiles + SCREEN_TILE + pair * LANES);
+      __m512 first = _mm512_permutex2var_ps(even, low_half, odd), second = _mm512_permutex2var_ps(even, high_half, odd);
+      take_high(first, second, tiles + pair * LANES);
+      take_low(first, second, tiles + SCREEN_TILE + pair * LANES);
+      squares[0] = _mm512_fmadd_ps(first, first, squares[0]);
+      squares[1] = _mm512_fmadd_ps(second, second, squares[1]);
     }
+  // Two lanes side by side are of one code.
+  const auto of_codes = [](__m512 v) { return _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1)); };
+  return _mm512_cvtss_f32(_mm512_sqrt_ps(_mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(of_codes(squares[0]), of_codes(squares[1]))))));
 }
 
-void pack_rows(const float* x, int64_t count, int64_t dim, const float* mean, float* tiles, float* norms) {
+void pack_rows(const float* x, int64_t count, int64_t dim, const float* mean, bool rough, float* tiles, float* norms, float* rests) {
   const int64_t steps = screen_steps(dim), padded = (count + SCREEN_ROWS - 1) / SCREEN_ROWS * SCREEN_ROWS;
   for (int64_t n = 0; n < padded; ++n) {
-    float* to = tiles + n / PANEL * 2 * steps * SCREEN_TILE + n % PANEL * LANES;
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t step = 0; step < steps; ++step, to += 2 * SCREEN_TILE) {
+    float* to = tiles + n / PANEL * screen_floats(dim, rough) + n % PANEL * LANES;
+    __m512 squares = _mm512_setzero_ps(), left_squares = squares;
+    for (int64_t step = 0; step < steps; ++step, to += rough ? SCREEN_TILE : 2 * SCREEN_TILE) {
       const int64_t d = step * SCREEN_STEP, left = n < count ? dim - d : 0;
       const float* from = x + n * dim + d;
       __m512 first, second;
@@ -160,17 +185,20 @@ void pack_rows(const float* x, int64_t count, int64_t dim, const float* mean, fl
         first = some(0);
         second = some(LANES);
       }
-      squares = _mm512_fmadd_ps(first, first, _mm512_fmadd_ps(second, second, squares));
-      split(first, second, to, to + SCREEN_TILE);
+      squares = add_squares(first, second, squares);
+      take_high(first, second, to);
+      left_squares = add_squares(first, second, left_squares);
+      if (!rough) take_low(first, second, to + SCREEN_TILE);
     }
-    norms[n] = _mm512_cvtss_f32(_mm512_sqrt_ps(_mm512_set1_ps(_mm512_reduce_add_ps(squares))));
+    norms[n] = norm_of(squares);
+    rests[n] = norm_of(left_squares);
   }
 }
 
-void scan(const float* rows, int64_t count, int64_t dim, const float* panels, const float* bias, int64_t first, int64_t last,
-          float* scratch, Lead* leads) {
+void scan(const float* rows, int64_t count, int64_t dim, bool rough, const float* panels, const float* bias, int64_t first,
+          int64_t last, float* scratch, Lead* leads) {
   alignas(64) float scores[2][4 * SCREEN_TILE];  // two, so that a pair of panels is scored while the last is looked at
-  const int64_t steps = screen_steps(dim), width = screen_floats(dim);
+  const int64_t steps = screen_steps(dim), width = screen_floats(dim), row_width = screen_floats(dim, rough);
   const int64_t block = CODE_BLOCK_FLOATS / (2 * width) * 2 > 2 ? CODE_BLOCK_FLOATS / (2 * width) * 2 : 2;
   for (int64_t n = 0; n < count; ++n) {
     _mm512_store_ps(scratch + n * 3 * LANES, _mm512_set1_ps(-__builtin_inff()));
@@ -183,7 +211,8 @@ void scan(const float* rows, int64_t count, int64_t dim, const float* panels, co
     for (int64_t n = 0; n < count; n += SCREEN_ROWS)
       for (int64_t panel = start; panel < end; panel += 2) {
         float* found = scores[panel / 2 % 2];
-        score(rows + n / PANEL * width, panels + panel * width, bias + panel * PANEL, steps, found);
+        const auto scored = rough ? score<true> : score<false>;
+        scored(rows + n / PANEL * row_width, panels + panel * width, bias + panel * PANEL, steps, found);
         meet(found, panel, scratch + n * 3 * LANES);
       }
   }
@@ -203,9 +232,9 @@ namespace tokenzoo {
 namespace amx {
 
 bool available() { return false; }
-void pack_panel(const float*, int64_t, float*) {}
-void pack_rows(const float*, int64_t, int64_t, const float*, float*, float*) {}
-void scan(const float*, int64_t, int64_t, const float*, const float*, int64_t, int64_t, float*, Lead*) {}
+float pack_panel(const float*, int64_t, float*) { return 0; }
+void pack_rows(const float*, int64_t, int64_t, const float*, bool, float*, float*, float*) {}
+void scan(const float*, int64_t, int64_t, bool, const float*, const float*, int64_t, int64_t, float*, Lead*) {}
 
 }  // namespace amx
 }  // namespace tokenzoo

@@ -522,13 +522,39 @@ std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& ids, int64_t
   return {counts, sums};
 }
 
-// Ids, and code_sums of them. Where there are many rows for every code, a block of rows is summed up while it is in the cache:
-// by groups of rows, whose number does not depend on the threads.
-std::tuple<Tensor, Tensor, Tensor> assign(const Tensor& x, const Tensor& packed, int64_t size) {
+// Adds the rows that have other ids than before to the sums of their codes, and takes them from those that they had.
+void move_rows(const float* x, const int64_t* ids, const int64_t* before, int64_t count, int64_t width, int64_t* numbers, float* sums) {
+  for (int64_t n = 0; n < count; ++n) {
+    if (ids[n] == before[n]) continue;
+    const float* row = x + n * width;
+    float *to = sums + ids[n] * width, *from = sums + before[n] * width;
+    for (int64_t d = 0; d < width; ++d) to[d] += row[d];
+    for (int64_t d = 0; d < width; ++d) from[d] -= row[d];
+    ++numbers[ids[n]];
+    --numbers[before[n]];
+  }
+}
+
+// Ids, and code_sums of them; or, where ids from before are given, by how much these changed. Where there are many rows for every
+// code, a block of rows is summed up while it is in the cache: by groups of rows, whose number does not depend on the threads.
+std::tuple<Tensor, Tensor, Tensor> assign(const Tensor& x, const Tensor& packed, int64_t size, const Tensor& before) {
   const int64_t count = x.size(0), width = x.size(1);
+  const int64_t* old = before.numel() ? static_cast<const int64_t*>(before.const_data_ptr()) : nullptr;
+  STD_TORCH_CHECK(!old || before.numel() == count, "expected ", count, " ids from before, got ", before.numel());
+  for (int64_t n = 0; old && n < count; ++n)
+    STD_TORCH_CHECK(old[n] >= 0 && old[n] < size, "expected ids in [0, ", size, "), got ", old[n]);
   if (count < SUM_GROUPS * ROWS_A_CODE * size) {
     Tensor ids = nearest(x, packed, size);
-    const auto [counts, sums] = code_sums(x, ids, size);
+    if (!old) {
+      const auto [counts, sums] = code_sums(x, ids, size);
+      return {ids, counts, sums};
+    }
+    Tensor counts = make(x, {size}, ScalarType::Float), sums = make(x, {size, width}, ScalarType::Float);
+    float* total = static_cast<float*>(sums.mutable_data_ptr());
+    std::vector<int64_t> numbers(size);
+    std::fill_n(total, size * width, 0.f);
+    move_rows(floats(x), static_cast<const int64_t*>(ids.const_data_ptr()), old, count, width, numbers.data(), total);
+    std::copy(numbers.begin(), numbers.end(), static_cast<float*>(counts.mutable_data_ptr()));
     return {ids, counts, sums};
   }
   const Packed codes = view(packed, size, width);
@@ -546,7 +572,10 @@ std::tuple<Tensor, Tensor, Tensor> assign(const Tensor& x, const Tensor& packed,
     for (int64_t first = count * group / SUM_GROUPS; first < end; first += step) {
       const int64_t rows = std::min(step, end - first);
       search_block(floats(x) + first * width, rows, codes, id + first, luck);
-      search().sum_codes(floats(x) + first * width, id + first, rows, width, 0, size, numbers.data() + group * size, total);
+      const float* here = floats(x) + first * width;
+      int64_t* number = numbers.data() + group * size;
+      if (old) move_rows(here, id + first, old + first, rows, width, number, total);
+      else search().sum_codes(here, id + first, rows, width, 0, size, number, total);
     }
   });
   float *number = static_cast<float*>(counts.mutable_data_ptr()), *sum = static_cast<float*>(sums.mutable_data_ptr());
@@ -677,7 +706,7 @@ STABLE_TORCH_LIBRARY(tokenzoo_native, m) {
   m.def("pack(Tensor codebook, bool dot) -> Tensor");
   m.def("nearest(Tensor x, Tensor packed, int size) -> Tensor");
   m.def("quantize(Tensor x, Tensor packed, Tensor codebook) -> (Tensor, Tensor, Tensor)");
-  m.def("assign(Tensor x, Tensor packed, int size) -> (Tensor, Tensor, Tensor)");
+  m.def("assign(Tensor x, Tensor packed, int size, Tensor before) -> (Tensor, Tensor, Tensor)");
   m.def("code_sums(Tensor x, Tensor ids, int size) -> (Tensor, Tensor)");
   m.def("residual_quantize(Tensor x, Tensor[] packed, Tensor[] codebooks) -> (Tensor, Tensor)");
   m.def("fsq(Tensor x, Tensor thresholds, Tensor scale, Tensor shift, Tensor basis) -> (Tensor, Tensor)");

@@ -6,7 +6,7 @@ torch's is not.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -126,10 +126,22 @@ def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return counts.to(x.dtype), sums
 
 
-def assign(x: Tensor, packed: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids `(N,)` and their `code_sums`."""
+def assign(x: Tensor, packed: tuple[Tensor, Tensor], size: int, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids `(N,)` and their `code_sums`; or, where `before` is not empty but earlier ids `(N,)`, by how much these changed."""
     ids = nearest(x, packed, size)
-    return ids, *code_sums(x, ids, size)
+    return ids, *changed_sums(x, ids, before, lambda rows, chosen: code_sums(rows, chosen, size))
+
+
+def changed_sums(
+    x: Tensor, ids: Tensor, before: Tensor, sums: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """What `assign` returns beside the ids, by any implementation of `code_sums`."""
+    if not before.numel():
+        return sums(x, ids)
+    changed = (ids != before).nonzero()[:, 0]
+    rows = x[changed]
+    (counts, total), (counts_before, total_before) = sums(rows, ids[changed]), sums(rows, before[changed])
+    return counts - counts_before, total - total_before
 
 
 def residual_quantize(x: Tensor, packed: Sequence[tuple[Tensor, Tensor]], entries: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

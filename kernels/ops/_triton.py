@@ -282,10 +282,10 @@ def residual_quantize(
     return search_stages(x, means, codes, biases, torch.stack(list(entries)))
 
 
-def assign(x: Tensor, packed: tuple[Tensor, Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
+def assign(x: Tensor, packed: tuple[Tensor, Tensor, Tensor], size: int, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `_reference.assign`."""
     ids = nearest(x, packed, size)
-    return ids, *code_sums(x, ids, size)
+    return ids, *_reference.changed_sums(x, ids, before, lambda rows, chosen: code_sums(rows, chosen, size))
 
 
 def code_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:

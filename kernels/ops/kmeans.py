@@ -9,8 +9,6 @@ from torch.nn import functional as F
 from tokenzoo.kernels._backend import backend_for
 from tokenzoo.kernels.nearest import nearest, pack
 
-_FEW_CHANGES = 8  # one row in so many; reading all of them once more than that takes longer
-
 
 class Clusters(NamedTuple):
     """Centroids `(K, D)` and the centroid of each vector, int64 `(...)`."""
@@ -84,34 +82,22 @@ def _seed(rows: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
 class _Sums:
     """The nearest centroid of every row, and the number and sum of each centroid's rows.
 
-    Where few rows changed from one round to the next, these alone are taken from the old sums and added to the new.
+    From the second round on only rows that changed are taken from the old sums and added to the new.
     """
 
     def __init__(self, rows: Tensor, size: int) -> None:
         self.rows, self.size = rows, size
-        self.backend = backend_for(rows)
-        self.changed = len(rows)
-        self.ids: Tensor
-        self.counts: Tensor
-        self.sums: Tensor
+        self.ids = torch.empty(0, dtype=torch.long, device=rows.device)
+        self.counts = torch.zeros(size, dtype=torch.float64, device=rows.device)
+        self.sums = torch.zeros(size, rows.shape[1], dtype=torch.float64, device=rows.device)
 
     def assign(self, centroids: Tensor) -> None:
         """Assigns the rows to these centroids `(K, D)`; `counts` `(K,)` and `sums` `(K, D)` are float64."""
-        _, packed = pack(centroids, "l2", self.backend)
-        if self.changed * _FEW_CHANGES > len(self.rows):
-            ids, counts, sums = self.backend.assign(self.rows, packed, self.size)
-            self.counts, self.sums = counts.double(), sums.double()
-            self.changed = int((ids != self.ids).sum()) if hasattr(self, "ids") else len(ids)
-        else:
-            ids = self.backend.nearest(self.rows, packed, self.size)
-            changed = (ids != self.ids).nonzero()[:, 0]
-            rows = self.rows[changed]
-            for found, sign in ((self.ids, -1), (ids, 1)):
-                counts, sums = self.backend.code_sums(rows, found[changed], self.size)
-                self.counts.add_(counts, alpha=sign)
-                self.sums.add_(sums, alpha=sign)
-            self.changed = len(changed)
-        self.ids = ids
+        backend = backend_for(self.rows)
+        _, packed = pack(centroids, "l2", backend)
+        self.ids, counts, sums = backend.assign(self.rows, packed, self.size, self.ids)
+        self.counts += counts
+        self.sums += sums
 
 
 def _moved(found: _Sums, means: Tensor, keep_empty: bool) -> Tensor:

@@ -39,11 +39,14 @@ void configure() {
 
 // Two vectors of values as bfloat16: the high parts are stored, and what is left of the values returned.
 inline void take_high(__m512& first, __m512& second, float* high) {
-  const __m512i upper = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-  const auto widened = [](__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); };
-  first = _mm512_sub_ps(first, widened(_mm512_castsi512_si256(upper)));
-  second = _mm512_sub_ps(second, widened(_mm512_extracti64x4_epi64(upper, 1)));
-  _mm512_storeu_si512(high, upper);
+  const auto rounded = [](__m512 x) {
+    const __m512i half_up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    return _mm512_castsi512_ps(_mm512_and_si512(half_up, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
+  };
+  const __m512 upper1 = rounded(first), upper2 = rounded(second);
+  _mm512_storeu_si512(high, (__m512i)_mm512_cvtne2ps_pbh(upper2, upper1));
+  first = _mm512_sub_ps(first, upper1);
+  second = _mm512_sub_ps(second, upper2);
 }
 
 inline void take_low(__m512 first, __m512 second, float* low) {

@@ -82,12 +82,12 @@ def audio() -> str:
         "|---|---|---|---|---|",
     ]
     for row in json.loads((ROOT / "benchmarks" / "audio.json").read_text()):
-        clock = {name: f"{ratios[0]:.2f}" for name, ratios in row["ratio"].items()}
+        clock = {name: f"{ratios[0]:.2f}" for name, ratios in row.get("ratio", {}).items()}
         speed = {name: f"{value:.0f}" if value >= 10 else f"{value:.1f}" for name, value in row["speed"].items()}
         memory = row.get("memory", {})
         most = ", ".join(f"{memory[name]:.2f}" for name in ("encode_gb", "decode_gb") if name in memory)
         both = f"{speed['encode']}, {speed['decode']}"
-        lines.append(f"| `{row['name']}` | {clock['encode']} | {clock['decode']} | {both} | {most} |")
+        lines.append(f"| `{row['name']}` | {clock.get('encode', '')} | {clock.get('decode', '')} | {both} | {most} |")
     return "\n".join(lines)
 
 

@@ -47,7 +47,7 @@ constexpr int64_t SCALAR_ROWS = 4096;            // rows of scalar quantization 
 constexpr int64_t SPARE_FLOATS = 256 << 10;      // scratch that a thread keeps: the largest piece, and how many
 constexpr size_t MOST_SPARES = 6;
 constexpr int64_t SUM_GROUPS = 32;               // of rows, that are summed up apart: no more threads are of use
-constexpr int64_t ROWS_A_CODE = 4;                // in a group, at least, for the groups' own sums to be worth it
+constexpr int64_t ROWS_A_CODE = 4;               // in a group, at least, for the groups' own sums to be worth it
 constexpr double MOST_NORM = 1e18;               // of an entry, beyond which scores might overflow
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
@@ -301,8 +301,8 @@ struct Screen {
   //
   // No code is nearest to a row whose score is below the best by more than twice what the screen and the search in float32 can
   // be wrong by together: by rounding, in 3 * dim additions in the screen and dim in the search, by what high and low leave out
-  // (two rests of 2^-17, and low * low of 2^-16), by all but the high parts if rough, and by underflow. Where others remain beside the best, they are compared in float32, if all of them are known: a state
-  // remembers one code of each lane.
+  // (two rests of 2^-17, and low * low of 2^-16), by all but the high parts if rough, and by underflow. Where others remain
+  // beside the best, a fine screen compares them in float32, if all of them are known: a state remembers one code of each lane.
   std::vector<int64_t> settle(const float* x, const Packed& packed, int64_t parts, const Lead* leads, int64_t* ids) const {
     const float wrong = (5 * static_cast<float>(dim) + 64) * 0x1p-24f + 8.1f * 0x1p-18f;
     const float reach = packed.greatest[0] + 1e-15f, code_rest = rough ? packed.greatest[1] + 1e-15f : 0.f;

@@ -12,6 +12,7 @@ from tokenzoo.kernels import (
     quantize,
     residual_quantize,
 )
+from tokenzoo.kernels._backend import backend_for
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 500])
@@ -190,3 +191,15 @@ def test_kmeans_does_not_depend_on_threads(lane):
     for other in found[1:]:
         assert torch.equal(other.ids, found[0].ids)
         assert torch.equal(other.centroids, found[0].centroids)
+
+
+@pytest.mark.parametrize(("rows", "size", "dim"), [(5000, 20, 40), (300, 64, 8)])
+def test_sums_move_with_the_rows_that_changed(lane, rows, size, dim):
+    x, old, new = torch.randn(rows, dim), torch.randn(size, dim), torch.randn(size, dim)
+    backend, none = backend_for(x), torch.empty(0, dtype=torch.long)
+    before, counts, sums = backend.assign(x, backend.pack(old, False), size, none)
+    ids, more, added = backend.assign(x, backend.pack(new, False), size, before)
+    assert torch.equal(ids, nearest(x, new))
+    expected = code_sums(x, ids, size)
+    assert torch.equal(counts + more, expected[0])
+    assert torch.allclose(sums + added, expected[1], atol=1e-4)

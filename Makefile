@@ -38,7 +38,7 @@ demo: $(VENV)/.installed
 	$(BIN)/tokenzoo demo --out $(OUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

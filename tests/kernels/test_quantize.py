@@ -195,11 +195,12 @@ def test_kmeans_does_not_depend_on_threads(lane):
 
 @pytest.mark.parametrize(("rows", "size", "dim"), [(5000, 20, 40), (300, 64, 8)])
 def test_sums_move_with_the_rows_that_changed(lane, rows, size, dim):
-    x, old, new = torch.randn(rows, dim), torch.randn(size, dim), torch.randn(size, dim)
+    generator = torch.Generator().manual_seed(0)
+    x, old, new = (torch.randn(count, dim, generator=generator) for count in (rows, size, size))
     backend, none = backend_for(x), torch.empty(0, dtype=torch.long)
     before, counts, sums = backend.assign(x, backend.pack(old, False), size, none)
     ids, more, added = backend.assign(x, backend.pack(new, False), size, before)
     assert torch.equal(ids, nearest(x, new))
     expected = code_sums(x, ids, size)
     assert torch.equal(counts + more, expected[0])
-    assert torch.allclose(sums + added, expected[1], atol=1e-4)
+    assert torch.allclose(sums + added, expected[1], atol=1e-3)

@@ -119,10 +119,12 @@ def _residual(
 ) -> tuple[Tensor, Tensor]:
     rows = as_rows(x)
     backend = backend_for(rows)
-    entries, packed = [as_entries(codebook, "l2") for codebook in codebooks], []
-    if caches is not None:
-        kept = zip(codebooks, each_cache(caches, len(codebooks)), strict=True)
-        packed = [pack(codebook, "l2", backend, cache)[1] for codebook, cache in kept]
+    if caches is None:
+        entries, packed = [as_entries(codebook, "l2") for codebook in codebooks], []
+    else:
+        both = zip(codebooks, each_cache(caches, len(codebooks)), strict=True)
+        stages = [pack(codebook, "l2", backend, cache) for codebook, cache in both]
+        entries, packed = [entry for entry, _ in stages], [form for _, form in stages]
     ids, vectors = backend.residual_quantize(rows, packed, entries)
     return ids.reshape(*x.shape[:-1], len(codebooks)), vectors.reshape(x.shape)
 
